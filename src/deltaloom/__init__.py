@@ -1,0 +1,3 @@
+"""deltaloom: adapt a frozen pretrained model by training a small delta."""
+
+__version__ = "0.1.0"
