@@ -28,6 +28,34 @@ class Event:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataRead(Event):
+    """The facts of the data: rows, labels, lengths, truncations, duplicates, overlap, a few first rows; see `data.facts`."""
+
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attached(Event):
+    """The table of sites: one row a (method, pattern) with `method`, `target`, `sites`, `parameters`, `examples`."""
+
+    table: list[dict[str, Any]]
+    delta_parameters: int
+    head_parameters: int
+    total_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Event):
+    """One evaluation row before and after tuning, as text: what a person compares in the report."""
+
+    row: int
+    input: str
+    reference: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Started(Event):
     """Training begins (or goes on at `step`); sizes in parameters and optimizer steps."""
 
