@@ -158,7 +158,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _drop_cut_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")  # a lone surrogate becomes its JSON escape
 
     def __call__(self, event: Event) -> None:
         self._file.write(json.dumps(finite(event.record()), ensure_ascii=False) + "\n")
@@ -172,10 +172,10 @@ class JsonLines:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines event file; a last line that a crash cut is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # not splitlines: texts may hold U+2028
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
     return [record for record in records if isinstance(record, dict) and "event" in record]
 
