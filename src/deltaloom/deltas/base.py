@@ -1,0 +1,210 @@
+"""The contract of deltas, methods and controllers.
+
+        x ---- before ---> [ frozen layer, with override ] ---- y ---> after ---> new y
+
+A delta is the trainable change at one site; a method is the settings that make the deltas of a set of sites; a controller
+changes deltas while training. A list of deltas nests: the k-th sees the layer with the deltas 1..k-1 as "the layer".
+Overrides come first, whatever their position: they replace the layer's own tensors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import field_validator
+from torch import Tensor, nn
+
+from deltaloom.errors import RefusedError
+from deltaloom.settings import Settings
+from deltaloom.sites import Kind, Site, affine_weight, find_sites
+
+
+class Delta(nn.Module, ABC):
+    """One site's change. It changes nothing at birth, unless the class says why it does."""
+
+    # A reason why this delta changes the model already at birth (a prefix does); empty for all others.
+    changes_at_birth: ClassVar[str] = ""
+
+    def before(self, x: Tensor) -> Tensor:
+        """New input of the layer, from its input x (..., d_in)."""
+        return x
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """New output, from the layer's input x (..., d_in) and output y (..., d_out). On embeddings x holds ids."""
+        return y
+
+    def override(self) -> dict[str, Tensor]:
+        """Trainable replacements of the layer's own tensors, by their names in the layer."""
+        return {}
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of the affine layer that equals the layer with this delta.
+
+        weight is (d_out, d_in) in float32 or float64 whatever the layer's storage ((d,) for a norm, (n, d) for embeddings).
+
+        Raises:
+            RefusedError: the change is not an affine one; the message says why.
+        """
+        raise RefusedError(f"a {type(self).__name__} cannot be folded into the layer's weights",
+                           hint="Keep the delta next to the model.")
+
+    def penalty(self) -> Tensor | None:
+        """A scalar that the loop adds to the loss and reports apart from it; None for none."""
+        return None
+
+
+class LowRankDelta(Delta, ABC):
+    """y + ((x @ down.T) * scale) @ up.T: gives after, fold, export and the fused kernel from its factors."""
+
+    dropout: float = 0.0
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """down (r, d_in), scale (r,), up (d_out, r); they carry gradients to this delta's parameters."""
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """y plus the low-rank product; on embeddings (ids) the columns of `down` are looked up."""
+        down, scale, up = (factor.to(y.dtype) for factor in self.factors())
+        if not x.is_floating_point():
+            return y + (nn.functional.embedding(x, down.T) * scale) @ up.T
+        x = nn.functional.dropout(x, self.dropout, self.training)
+        return y + ((x @ down.T) * scale) @ up.T
+
+    def matrix(self) -> Tensor:
+        """The change as one (d_out, d_in) matrix."""
+        down, scale, up = self.factors()
+        return (up * scale) @ down
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """weight + up diag(scale) down; for embeddings (vocabulary, d) the transposed product."""
+        down, scale, up = (factor.detach().to(weight.dtype) for factor in self.factors())
+        change = (up * scale) @ down
+        return weight + (change if change.shape == weight.shape else change.T), bias
+
+
+class PrefixDelta(Delta, ABC):
+    """Keys and values in front of an attention site."""
+
+    @abstractmethod
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """keys and values, each (length, kv_heads, head_dim), seen by every query before the keys of the text."""
+
+
+class InputDelta(Delta, ABC):
+    """Rows in front of the input embeddings."""
+
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """(length, d_model)"""
+
+
+@dataclass(frozen=True)
+class AttachContext:
+    """What a method may read while it makes its deltas: the untouched model, its tokenizer if there is one, a generator."""
+
+    model: nn.Module
+    tokenizer: Any = None
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def layer(self, site: Site) -> nn.Module:
+        """The frozen layer at a site."""
+        return self.model.get_submodule(site.path)
+
+    def weight(self, site: Site) -> Tensor:
+        """The site's frozen weight as (d_out, d_in) in float32 (rows of its part, if it is one)."""
+        layer = self.layer(site)
+        weight = affine_weight(layer).detach().float()
+        return weight[slice(*site.part)] if site.part else weight
+
+
+@dataclass
+class Attachment:
+    """What a method made: a delta for each site, and modules that several deltas share, by name."""
+
+    deltas: dict[Site, Delta]
+    shared: dict[str, nn.Module] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a controller knows of the run: its number of optimizer steps."""
+
+    total_steps: int
+
+
+class Controller(ABC):
+    """Changes deltas while training; its whole state is in the checkpoint."""
+
+    def after_backward(self, step: int) -> None:
+        """Called once per optimizer step, on the complete, unclipped, finite gradient; steps count from 1."""
+        return
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimizer's step."""
+        return
+
+    def finish(self) -> None:
+        """Called at the end of training: physical removal of what was masked."""
+        return
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit: tensors, numbers, strings."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+class Method(Settings, ABC):
+    """Settings that make deltas for a set of sites. One file under deltas/ each; `name` is the file's name."""
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
+
+    targets: str | tuple[str, ...] = "all-linear"
+    """Which sites: words, names, roles, globs, `re:` expressions; see `deltaloom.sites.find_sites`."""
+
+    layers: str | tuple[int, ...] | None = None
+    """Only these blocks: a list of indices, or ranges such as "0-3,8"."""
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, value: str | tuple[int, ...] | None) -> str | tuple[int, ...] | None:
+        layer_indices(value)
+        return value
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """The sites of an untouched model that this method's targets name.
+
+        Raises:
+            TargetError: a target matches nothing.
+        """
+        return find_sites(model, self.targets, self.kinds, layer_indices(self.layers))
+
+    @abstractmethod
+    def attach(self, sites: Sequence[Site], context: AttachContext) -> Attachment:
+        """Deltas for all its sites at once (a tensor method shares parameters across them). Changes nothing in the model."""
+
+    def controller(self, attachment: Attachment, plan: StepPlan) -> Controller | None:
+        """What changes these deltas while training; None for methods that stay as they are."""
+        return None
+
+
+def layer_indices(layers: str | Iterable[int] | None) -> list[int] | None:
+    """[0, 1, 2, 3, 8] from "0-3,8"; None stays None."""
+    if layers is None:
+        return None
+    if not isinstance(layers, str):
+        return list(layers)
+    found: list[int] = []
+    for piece in layers.split(","):
+        first, _, last = piece.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"layers must be indices or ranges such as '0-3,8', got {layers!r}")
+        found.extend(range(int(first), int(last or first) + 1))
+    return found

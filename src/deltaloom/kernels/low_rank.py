@@ -1,0 +1,87 @@
+"""The hot path of every low-rank delta: one autograd function that keeps nothing but the layer's input.
+
+    y = x Wt + b + ((x downT) * scale) upT
+
+Forward and backward contract through the rank, never form up @ down, cast the small factors to the dtype of x instead of x
+to theirs, and draw dropout from a seed, so that no mask, no copy of x and no rank-sized tensor waits for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Affine(Protocol):
+    """A frozen affine layer behind one face, whatever its class, orientation or storage."""
+
+    d_out: int
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., d_in) -> (..., d_out), bias included, in the dtype of x."""
+
+    def product_transposed(self, g: Tensor) -> Tensor:
+        """g (..., d_out) -> (..., d_in): the gradient of `product` with respect to its input."""
+
+
+def low_rank_linear(affine: Affine, x: Tensor, down: Tensor, scale: Tensor, up: Tensor, dropout: float = 0.0) -> Tensor:
+    """The frozen layer plus a low-rank product.
+
+    x (..., d_in), down (r, d_in), scale (r,), up (d_out, r); the result is (..., d_out) in the dtype of x. `dropout` is the
+    share of x's entries that the low-rank product does not see (0 when not training).
+    """
+    seed = int(torch.randint(2**62, ()).item()) if dropout > 0 else 0
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # what autocast does for a plain linear layer; backward runs without autocast
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _LowRankLinear.apply(x, down, scale, up, affine, dropout, seed)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, scale: Tensor, up: Tensor, affine: Affine, dropout: float,
+                seed: int) -> Tensor:
+        y = affine.product(x)
+        rows = _dropped(x, dropout, seed).reshape(-1, x.shape[-1])
+        small = (rows @ down.to(x.dtype).T) * scale.to(x.dtype)
+        y.view(-1, y.shape[-1]).addmm_(small, up.to(x.dtype).T)
+        ctx.save_for_backward(x, down, scale, up)
+        ctx.affine, ctx.dropout, ctx.seed = affine, dropout, seed
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, scale, up = ctx.saved_tensors
+        g = grads[0].reshape(-1, up.shape[0])
+        dtype = g.dtype
+        rows = _dropped(x, ctx.dropout, ctx.seed).reshape(-1, x.shape[-1])
+        down_x, up_x, scale_x = down.to(dtype), up.to(dtype), scale.to(dtype)
+        small = rows @ down_x.T                 # (rows, r), made again: cheaper than keeping it
+        back = g @ up_x                         # (rows, r)
+        inner = back * scale_x
+        needs = ctx.needs_input_grad
+        grad_down = (inner.T @ rows).to(down.dtype) if needs[1] else None
+        grad_scale = (back * small).sum(0, dtype=scale.dtype) if needs[2] else None
+        grad_up = (g.T @ (small * scale_x)).to(up.dtype) if needs[3] else None
+        grad_x = None
+        if needs[0]:
+            grad_x = ctx.affine.product_transposed(g)
+            if ctx.dropout > 0:
+                grad_x += _dropped((inner @ down_x).view_as(x), ctx.dropout, ctx.seed).reshape(grad_x.shape)
+            else:
+                grad_x.addmm_(inner, down_x)
+            grad_x = grad_x.view(x.shape)
+        return grad_x, grad_down, grad_scale, grad_up, None, None, None
+
+
+def _dropped(x: Tensor, share: float, seed: int) -> Tensor:
+    """x with a share of its entries zeroed and the rest scaled up, the same for the same seed."""
+    if share <= 0:
+        return x
+    generator = torch.Generator(device=x.device).manual_seed(seed)
+    keep = torch.rand(x.shape, generator=generator, device=x.device) >= share
+    return x * keep.to(x.dtype) * (1.0 / (1.0 - share))

@@ -1,0 +1,270 @@
+"""Sites: the places of a model that can carry a delta, and how targets find them.
+
+All sites of all methods are resolved on the untouched model before anything is attached, because attaching renames layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from deltaloom.architectures import ATTENTION_ROLES, FAMILIES, MLP_ROLES, Family, role_of, split_path
+from deltaloom.errors import TargetError, did_you_mean
+
+Kind = Literal["linear", "embedding", "norm", "attention", "branch", "input", "tensors"]
+Targets = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that can carry a delta; identified by `name`, which is unique within a model."""
+
+    path: str                            # module path in the untouched model; for a branch the layer that writes its output
+    kind: Kind
+    role: str                            # q, k, v, o, qkv, gate, up, down, head, pooler, embed, norm, ...
+    d_in: int
+    d_out: int
+    layer: int | None = None             # index of the block in its stack
+    stack: str = ""                      # e.g. "model.layers"; encoder-decoders have two
+    part: tuple[int, int] | None = None  # rows [start, stop) of a fused output
+    entry: str | None = None             # branch: the layer whose input is the branch's input
+    has_bias: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique name: the path, with the part, branch or attention marked."""
+        if self.part is not None:
+            return f"{self.path}[{self.role}]"
+        if self.kind in ("branch", "input"):
+            return f"{self.path}<{self.role}>"
+        return self.path
+
+
+def all_sites(model: nn.Module) -> list[Site]:
+    """Every site of an untouched model, in the order of its modules."""
+    family = family_of(model)
+    heads = head_paths(model)
+    sites: list[Site] = []
+    covered: set[str] = set()
+    for path, module in model.named_modules():
+        found = _module_sites(model, family, heads, path, module)
+        sites.extend(found)
+        if found and found[0].kind != "attention":
+            covered.add(path)
+    sites.extend(_branches(sites, family))
+    for path, module in model.named_modules():
+        if path not in covered and any(True for _ in module.parameters(recurse=False)):
+            stack, layer, _ = split_path(path)
+            sites.append(Site(path, "tensors", path.rsplit(".", 1)[-1], 0, 0, layer, stack))
+    return sites
+
+
+def find_sites(model: nn.Module, targets: Targets, kinds: Iterable[Kind], layers: Iterable[int] | None = None) -> list[Site]:
+    """Sites of the given kinds that the targets name.
+
+    A target is a word (`attention`, `mlp`, `all-linear`: the linears inside the blocks; `all`: every site of these kinds),
+    the end of a path (`q_proj`), a role (`q`: also the part of a fused layer), a glob on the path, or `re:` and a regular
+    expression for the whole path. A leading `!` removes what it names. `layers` keeps only these blocks.
+
+    Raises:
+        TargetError: targets that match nothing, all of them at once, with the names that exist.
+    """
+    kinds = tuple(kinds)
+    candidates = [site for site in all_sites(model) if site.kind in kinds]
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    wanted = set(layers) if layers is not None else None
+    chosen: dict[str, Site] = {}
+    missed = []
+    for pattern in patterns:
+        removes = pattern.startswith("!")
+        hits = _matches(pattern.removeprefix("!"), candidates)
+        if not hits:
+            missed.append(pattern)
+        for site in hits:
+            if removes:
+                chosen.pop(site.name, None)
+            else:
+                chosen[site.name] = site
+    if missed:
+        raise _nothing_matches(missed, candidates, kinds)
+    found = [site for site in candidates if site.name in chosen and (wanted is None or site.layer in wanted)]
+    if not found:
+        blocks = sorted({site.layer for site in chosen.values() if site.layer is not None})
+        raise TargetError("no site is left", got={"targets": patterns, "layers": sorted(wanted or ())}, legal=blocks,
+                          hint="Name layers that exist, or fewer exclusions.")
+    return found
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The row of the architecture table for a transformers model; None for an unknown family."""
+    config = getattr(model, "config", None)
+    return FAMILIES.get(getattr(config, "model_type", ""))
+
+
+def head_paths(model: nn.Module) -> list[str]:
+    """Paths of the affine layers outside the backbone: classification heads, or the language-model head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = getattr(model, prefix, None) if prefix else None
+    paths = []
+    output = output_layer(model)
+    for path, module in model.named_modules():
+        if not _is_affine(module):
+            continue
+        inside = backbone is not None and path.startswith(prefix + ".")
+        if module is output or (backbone is not None and not inside):
+            paths.append(path)
+    return paths
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The language-model head of a transformers model, or None."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def input_layer(model: nn.Module) -> nn.Module | None:
+    """The token embeddings of a transformers model, or None."""
+    getter = getattr(model, "get_input_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def affine_weight(module: nn.Module) -> Tensor:
+    """The weight of an affine layer as (d_out, d_in), whatever its orientation; a view where that is possible."""
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise TargetError(f"{type(module).__name__} has no dense weight")
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _is_affine(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module).__name__.endswith("Norm") and isinstance(weight, Tensor) and weight.ndim == 1
+
+
+def _module_sites(model: nn.Module, family: Family | None, heads: list[str], path: str, module: nn.Module) -> list[Site]:
+    stack, layer, rest = split_path(path)
+    if _is_affine(module):
+        d_out, d_in = affine_weight(module).shape
+        role = "head" if path in heads else role_of(family, rest) if layer is not None else path.rsplit(".", 2)[-2:][0]
+        site = Site(path, "linear", role, d_in, d_out, layer, stack, has_bias=module.bias is not None)
+        return [site, *_parts(model, family, site)]
+    if isinstance(module, nn.Embedding):
+        tokens = input_layer(model)
+        role = "embed" if tokens is not None and module.weight is tokens.weight else rest.rsplit(".", 1)[-1]
+        found = [Site(path, "embedding", role, module.num_embeddings, module.embedding_dim, layer, stack)]
+        if module is tokens:
+            found.append(Site(path, "input", "input", module.embedding_dim, module.embedding_dim))
+        return found
+    if _is_norm(module):
+        width = module.weight.numel()
+        return [Site(path, "norm", "norm", width, width, layer, stack, has_bias=getattr(module, "bias", None) is not None)]
+    if layer is not None and _is_attention(family, rest, module):
+        return [Site(path, "attention", rest.rsplit(".", 1)[-1], 0, 0, layer, stack)]
+    return []
+
+
+def _is_attention(family: Family | None, rest: str, module: nn.Module) -> bool:
+    if family is not None:
+        return any(fnmatchcase(rest, pattern) for pattern in family.attention)
+    return type(module).__name__.endswith("Attention") and any(_is_affine(child) for child in module.children())
+
+
+def _parts(model: nn.Module, family: Family | None, site: Site) -> list[Site]:
+    """The parts of a fused layer: rows of q, k, v by their numbers of heads; gate and up in halves."""
+    names = family.fused.get(site.role, ()) if family is not None else ()
+    if not names:
+        return []
+    shares = [1] * len(names)
+    if "q" in names:
+        config = model.config
+        heads = config.num_attention_heads
+        keys = getattr(config, "num_key_value_heads", None) or heads
+        shares = [heads, keys, keys]
+    unit = site.d_out // sum(shares)
+    parts, start = [], 0
+    for name, share in zip(names, shares, strict=True):
+        stop = start + unit * share
+        parts.append(Site(site.path, "linear", name, site.d_in, stop - start, site.layer, site.stack, (start, stop),
+                          has_bias=site.has_bias))
+        start = stop
+    return parts
+
+
+def _branches(sites: list[Site], family: Family | None) -> list[Site]:
+    """One branch around each sub-layer: from the layer that reads its input to the layer that writes its output."""
+    blocks: dict[tuple[str, int], list[Site]] = {}
+    for site in sites:
+        if site.kind == "linear" and site.part is None and site.layer is not None:
+            blocks.setdefault((site.stack, site.layer), []).append(site)
+    found = []
+    for (stack, layer), linears in blocks.items():
+        for name, (entry, leave) in _branch_ends(linears, family).items():
+            found.append(Site(leave.path, "branch", name, entry.d_in, leave.d_out, layer, stack, entry=entry.path))
+    return found
+
+
+def _branch_ends(linears: list[Site], family: Family | None) -> dict[str, tuple[Site, Site]]:
+    ends = {}
+    if family is not None:
+        for name, (entry, leave) in family.branches.items():
+            first = [s for s in linears if fnmatchcase(split_path(s.path)[2], entry)]
+            last = [s for s in linears if fnmatchcase(split_path(s.path)[2], leave)]
+            if first and last:
+                ends[name] = (first[0], last[0])
+        return ends
+    for name, first_roles, last_role in (("attention", ("q", "qkv"), "o"), ("mlp", ("gate", "up"), "down")):
+        first = [s for s in linears if s.role in first_roles]
+        last = [s for s in linears if s.role == last_role]
+        if first and last:
+            ends[name] = (first[0], last[0])
+    return ends
+
+
+def _matches(pattern: str, candidates: list[Site]) -> list[Site]:
+    whole = [site for site in candidates if site.part is None]
+    words = {
+        "all": lambda s: True,
+        "all-linear": lambda s: s.kind == "linear" and s.layer is not None,
+        "attention": lambda s: s.role in ATTENTION_ROLES or s.kind == "attention" or s.role == "attention",
+        "mlp": lambda s: s.role in MLP_ROLES or s.role == "mlp",
+    }
+    if pattern in words:
+        return [site for site in whole if words[pattern](site)]
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise TargetError(f"the target '{pattern}' is not a regular expression: {error}") from None
+        return [site for site in candidates if expression.fullmatch(site.name) or
+                (site.part is None and expression.fullmatch(site.path))]
+    if any(mark in pattern for mark in "*?"):
+        return [site for site in whole if fnmatchcase(site.path, pattern)]
+    named = [site for site in candidates if site.name == pattern or site.name.endswith("." + pattern)]
+    named = named or [site for site in whole if site.path == pattern or site.path.endswith("." + pattern)]
+    return named or [site for site in candidates if site.role == pattern]
+
+
+def _nothing_matches(missed: list[str], candidates: list[Site], kinds: tuple[Kind, ...]) -> TargetError:
+    names = sorted({split_path(site.path)[2].rsplit(".", 1)[-1] for site in candidates} | {site.role for site in candidates})
+    words = ["attention", "mlp", "all-linear", "all"]
+    hint = did_you_mean(missed[0].removeprefix("!"), names + words)
+    where = " or ".join(kinds)
+    if not candidates:
+        return TargetError(f"this model has no {where} that could carry the delta", got=", ".join(missed))
+    return TargetError(f"no {where} matches the target", got=", ".join(missed), legal=names + words, hint=hint)
+
+
+def is_low_precision(tensor: Tensor) -> bool:
+    """Whether a tensor is stored in 16 bits or fewer."""
+    return tensor.dtype in (torch.bfloat16, torch.float16)

@@ -1,0 +1,249 @@
+"""The wrapper around a layer that carries deltas: the frozen layer, the deltas in order, and a forward to read.
+
+A `Routing` that all wrappers of a tuned model share says which named deltas (lanes) act, for the whole batch or row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from deltaloom.deltas.base import Delta, LowRankDelta
+from deltaloom.errors import RefusedError
+from deltaloom.kernels.low_rank import Affine, low_rank_linear
+from deltaloom.sites import Site
+
+Group = tuple[str | None, Tensor | None]  # a lane and the rows that it acts on; None: no lane, all rows
+
+
+class Routing:
+    """Which lane acts on which row; the same object serves every wrapper and is seen again when checkpointing recomputes."""
+
+    def __init__(self) -> None:
+        self.lanes: str | tuple[str | None, ...] | None = None
+
+    def groups(self, batch: int) -> list[Group]:
+        """The lanes of a batch of that many rows, each with its rows.
+
+        Raises:
+            RefusedError: a lane per row was asked for and the batch has another number of rows.
+        """
+        if not isinstance(self.lanes, tuple):
+            return [(self.lanes, None)]
+        if len(self.lanes) != batch:
+            raise RefusedError("the lanes given row by row do not fit the batch", got=batch, legal=f"{len(self.lanes)} rows")
+        names = list(dict.fromkeys(self.lanes))
+        if len(names) == 1:
+            return [(names[0], None)]
+        return [(name, torch.tensor([i for i, lane in enumerate(self.lanes) if lane == name])) for name in names]
+
+    @contextmanager
+    def set(self, lanes: str | tuple[str | None, ...] | None) -> Iterator[None]:
+        """These lanes within a `with` block."""
+        before, self.lanes = self.lanes, lanes
+        try:
+            yield
+        finally:
+            self.lanes = before
+
+
+class Tap:
+    """Carries the input of a branch from the layer where it enters to the layer where it leaves."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """The value, once."""
+        value, self.value = self.value, None
+        if value is None:
+            raise RefusedError("a branch's output layer ran without its input layer",
+                               hint="This model calls its layers in an order that the branch does not know; name other targets.")
+        return value
+
+
+class Adapted(nn.Module):
+    """A frozen layer and, for each lane, the deltas that change it, applied in order."""
+
+    def __init__(self, base: nn.Module, path: str, routing: Routing) -> None:
+        super().__init__()
+        self.base = base
+        self.path = path
+        self.lanes = nn.ModuleDict()
+        self.sites: dict[str, list[Site]] = {}
+        self.entries: list[Tap] = []          # branches that begin at this layer's input
+        self.exits: dict[str, Tap] = {}       # branches that end at this layer's output, by site name
+        self.routing = routing
+        self.merged: str | None = None
+        self.ran: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the frozen layer (`weight`, `bias`, `in_features`, ...) for code that reads them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def extra_repr(self) -> str:
+        """The lanes and their number of deltas."""
+        return ", ".join(f"{lane.removeprefix('lane:')}: {len(sites)} deltas" for lane, sites in self.sites.items())
+
+    def add(self, lane: str, site: Site, delta: Delta) -> None:
+        """Append a delta to a lane."""
+        key = f"lane:{lane}"
+        if key not in self.lanes:
+            self.lanes[key] = nn.ModuleList()
+            self.sites[key] = []
+        self.lanes[key].append(delta)  # type: ignore[operator, union-attr]
+        self.sites[key].append(site)
+
+    def remove(self, lane: str) -> None:
+        """Forget a lane."""
+        key = f"lane:{lane}"
+        if key in self.lanes:
+            del self.lanes[key]
+            for site in self.sites.pop(key):
+                self.exits.pop(f"{lane}/{site.name}", None)
+
+    def items(self, lane: str | None) -> list[tuple[Site, Delta]]:
+        """The (site, delta) pairs of a lane, in order."""
+        key = f"lane:{lane}"
+        if lane is None or key not in self.lanes:
+            return []
+        return list(zip(self.sites[key], self.lanes[key], strict=True))  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer with the deltas of the current lane; row by row where the routing says so."""
+        for tap in self.entries:
+            tap.value = x
+        taken = {key: tap.take() for key, tap in self.exits.items() if tap.value is not None}
+        if self.merged is not None:
+            return self.base(x, *args, **kwargs)
+        if not isinstance(self.routing.lanes, tuple):
+            return self._run(self.routing.lanes, x, taken, None, args, kwargs)
+        rows_in_batch = len(self.routing.lanes)
+        if x.shape[0] == 1 and rows_in_batch > 1:  # positions that all rows share
+            x = x.expand(rows_in_batch, *x.shape[1:])
+        result: Tensor | None = None
+        for lane, rows in self.routing.groups(x.shape[0]):
+            if rows is None:
+                return self._run(lane, x, taken, None, args, kwargs)
+            y = self._run(lane, x[rows], taken, rows, args, kwargs)
+            result = y.new_zeros((x.shape[0], *y.shape[1:])) if result is None else result
+            result = result.index_copy(0, rows, y)
+        return result
+
+    def _run(self, lane: str | None, x: Tensor, taken: dict[str, Tensor], rows: Tensor | None, args: tuple[Any, ...],
+             kwargs: dict[str, Any]) -> Any:
+        items = self.items(lane)
+        if not items:
+            return self.base(x, *args, **kwargs)
+        self.ran.add(str(lane))
+        inputs: list[Tensor] = []
+        for site, delta in reversed(items):  # the last delta is the outermost: its `before` comes first
+            inputs.append(x if site.entry is None else self._branch_input(f"{lane}/{site.name}", taken, rows))
+            if site.entry is None:
+                x = delta.before(x)
+        inputs.reverse()
+        fused = 0
+        overrides = {name: tensor for site, delta in items for name, tensor in delta.override().items()}
+        if overrides:
+            dtypes = {name: tensor.dtype for name, tensor in self.base.named_parameters(recurse=False)}
+            cast = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in overrides.items()}
+            y = functional_call(self.base, cast, (x, *args), kwargs)
+        else:
+            y, fused = self._base_with_low_rank(x, items, inputs, args, kwargs)
+        for (site, delta), seen in zip(items[fused:], inputs[fused:], strict=True):
+            if site.part is None:
+                y = delta.after(seen, y)
+            else:
+                start, stop = site.part
+                y = torch.cat((y[..., :start], delta.after(seen, y[..., start:stop]), y[..., stop:]), -1)
+        return y
+
+    def _branch_input(self, key: str, taken: dict[str, Tensor], rows: Tensor | None) -> Tensor:
+        if key not in taken:
+            return self.exits[key].take()  # raises: the branch's first layer did not run
+        return taken[key] if rows is None else taken[key][rows]
+
+    def _base_with_low_rank(self, x: Tensor, items: list[tuple[Site, Delta]], inputs: list[Tensor], args: tuple[Any, ...],
+                            kwargs: dict[str, Any]) -> tuple[Any, int]:
+        """The frozen layer's output, together with the leading low-rank deltas in one autograd function where that fits."""
+        face = affine_face(self.base)
+        chosen: list[tuple[Site, LowRankDelta]] = []
+        if face is not None and not args and not kwargs and x.is_floating_point():
+            for (site, delta), seen in zip(items, inputs, strict=True):
+                fits = isinstance(delta, LowRankDelta) and type(delta).after is LowRankDelta.after and seen is x
+                if not fits or (chosen and _dropout(delta) != _dropout(chosen[0][1])):
+                    break
+                chosen.append((site, delta))  # type: ignore[arg-type]
+        if not chosen or face is None:
+            return self.base(x, *args, **kwargs), 0
+        factors = [_whole_rows(site, *delta.factors(), face.d_out) for site, delta in chosen]
+        down, scale, up = factors[0] if len(factors) == 1 else (
+            torch.cat([f[0] for f in factors]), torch.cat([f[1] for f in factors]), torch.cat([f[2] for f in factors], 1))
+        return low_rank_linear(face, x, down, scale, up, _dropout(chosen[0][1])), len(chosen)
+
+
+def _dropout(delta: Delta) -> float:
+    return delta.dropout if isinstance(delta, LowRankDelta) and delta.training else 0.0
+
+
+def _whole_rows(site: Site, down: Tensor, scale: Tensor, up: Tensor, d_out: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of a fused layer's part as factors of the whole layer: zero rows around the part."""
+    if site.part is not None:
+        start, stop = site.part
+        up = functional.pad(up, (0, 0, start, d_out - stop))
+    return down, scale, up
+
+
+class DenseAffine:
+    """A frozen nn.Linear or Conv1D seen as an affine layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.transposed = isinstance(layer, Conv1D)
+        weight = layer.weight
+        self.d_out = weight.shape[1] if self.transposed else weight.shape[0]  # type: ignore[union-attr, index]
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., d_in) -> (..., d_out), bias included."""
+        weight, bias = self.layer.weight, self.layer.bias
+        weight = weight.to(x.dtype)  # type: ignore[union-attr, operator]
+        return functional.linear(x, weight.T if self.transposed else weight, None if bias is None else bias.to(x.dtype))  # type: ignore[union-attr, operator, arg-type]
+
+    def product_transposed(self, g: Tensor) -> Tensor:
+        """g (..., d_out) -> (..., d_in)"""
+        weight = self.layer.weight.to(g.dtype)  # type: ignore[union-attr, operator]
+        return g @ (weight.T if self.transposed else weight)
+
+
+def affine_face(layer: nn.Module) -> Affine | None:
+    """The layer's affine face for the fused kernel, or None for a layer that is not affine."""
+    if type(layer) is nn.Linear or type(layer) is Conv1D:
+        return DenseAffine(layer)
+    return layer if isinstance(layer, Affine) else None
+
+
+def wrappers(model: nn.Module) -> list[Adapted]:
+    """All wrappers inside a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, Adapted)]
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path) if parent_path else model
+    setattr(parent, name, module)
+
+
+def lanes_of(names: Sequence[str | None] | str | None) -> str | tuple[str | None, ...] | None:
+    """What `Routing.lanes` holds for a name, a list of a name per row, or None."""
+    return names if names is None or isinstance(names, str) else tuple(names)

@@ -1,0 +1,316 @@
+"""The tuned model: a frozen model with the deltas of one or several methods, in one or several named lanes.
+
+    tuned = attach(model, [LoRA(rank=8), Prefix(length=16)])
+    loss = tuned(**batch).loss + tuned.penalty()
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaloom.deltas.base import AttachContext, Attachment, Controller, Delta, InputDelta, Method, PrefixDelta, StepPlan
+from deltaloom.errors import CheckpointError, RefusedError, SettingsError, did_you_mean
+from deltaloom.sites import Site, output_layer
+from deltaloom.tuned.adapted import Adapted, Routing, Tap, lanes_of, replace_module, wrappers
+from deltaloom.tuned.prefixes import install_prefix, uninstall_prefix
+from deltaloom.tuned.prompts import insert_prompt, strip_prompt
+
+LANE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass
+class Attached:
+    """One method in a lane: its settings, what it made, and whether the task added it for a head."""
+
+    method: Method
+    attachment: Attachment
+    is_head: bool
+
+    def named_deltas(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of every delta by its site, then of every shared module."""
+        for site, delta in self.attachment.deltas.items():
+            yield site.name, delta
+        for key, module in self.attachment.shared.items():
+            yield f"shared.{key}", module
+
+
+class Tuned(nn.Module):
+    """A frozen model and its deltas; called like the model. Only delta parameters train."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if wrappers(model):
+            raise RefusedError("this model carries deltas already", hint="Use `tuned.add(name, methods)` for a further delta, or "
+                               "`tuned.detach()` first.")
+        self.model = model
+        self.routing = Routing()
+        self.lanes: dict[str, list[Attached]] = {}
+        self.shared = nn.ModuleDict()
+        self.prompts = nn.ModuleDict()
+        self.merged: str | None = None
+        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.requires_grad_(False)
+
+    # ---- attaching ------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, methods: Sequence[Method], *, heads: Sequence[Method] = (), tokenizer: Any = None,
+            seed: int = 0) -> None:
+        """Attach a further named delta. All sites are resolved and all deltas made before the model is touched.
+
+        Raises:
+            TargetError: a target matches nothing. RefusedError: the name is taken or not legal, or a method has no site.
+        """
+        if not LANE_NAME.fullmatch(name):
+            raise SettingsError("a delta's name has letters, digits, _ and - only", got=name)
+        if name in self.lanes:
+            raise RefusedError("a delta of that name is attached already", got=name, hint="Choose another or remove it first.")
+        if not methods and not heads:
+            raise SettingsError("no method is given", hint="Name at least one, such as LoRA(rank=8).")
+        with self.bare() as model:
+            context = AttachContext(model, tokenizer, torch.Generator().manual_seed(seed))
+            made = [Attached(method, method.attach(method.sites(model), context), method in heads)
+                    for method in [*methods, *heads]]
+        device = next(self.model.parameters()).device
+        for attached in made:
+            for _, module in attached.named_deltas():
+                module.to(device)
+        self.lanes[name] = made
+        for index, attached in enumerate(made):
+            self._install(name, index, attached)
+        self.routing.lanes = name
+
+    def _install(self, lane: str, index: int, attached: Attached) -> None:
+        for key, module in attached.attachment.shared.items():
+            self.shared[f"{lane}/{index}/{key}".replace(".", "/")] = module
+        for site, delta in attached.attachment.deltas.items():
+            if isinstance(delta, PrefixDelta):
+                install_prefix(self.model, lane, site, delta, self.routing)
+            elif isinstance(delta, InputDelta):
+                if lane in self.prompts:
+                    raise RefusedError("one delta can hold one prompt only", got=lane)
+                self.prompts[lane] = delta
+            else:
+                wrapper = self._wrapper(site.path)
+                wrapper.add(lane, site, delta)
+                if site.entry is not None:
+                    tap = Tap()
+                    self._wrapper(site.entry).entries.append(tap)
+                    wrapper.exits[f"{lane}/{site.name}"] = tap
+
+    def _wrapper(self, path: str) -> Adapted:
+        module = self.model.get_submodule(path)
+        if not isinstance(module, Adapted):
+            module = Adapted(module, path, self.routing)
+            replace_module(self.model, path, module)
+        return module
+
+    @contextmanager
+    def bare(self) -> Iterator[nn.Module]:
+        """The model without any wrapper or prefix within a `with` block; everything is put back afterwards."""
+        with ExitStack() as stack:
+            stack.enter_context(self.routing.set(None))
+            for wrapper in wrappers(self.model):
+                replace_module(self.model, wrapper.path, wrapper.base)
+                stack.callback(replace_module, self.model, wrapper.path, wrapper)
+            yield self.model
+
+    def remove(self, name: str) -> None:
+        """Forget a named delta; layers that carry no other are given back as they were."""
+        if self.merged == name:
+            raise RefusedError("this delta is merged into the weights", got=name, hint="Call `tuned.unmerge()` first.")
+        for site, delta in self.pairs(name):
+            if isinstance(delta, PrefixDelta):
+                uninstall_prefix(self.model, name, site)
+        for wrapper in wrappers(self.model):
+            wrapper.remove(name)
+        used = {id(tap) for wrapper in wrappers(self.model) for tap in wrapper.exits.values()}
+        for wrapper in wrappers(self.model):
+            wrapper.entries = [tap for tap in wrapper.entries if id(tap) in used]
+            if not wrapper.lanes and not wrapper.entries:
+                replace_module(self.model, wrapper.path, wrapper.base)
+        for key in [key for key in self.shared if key.startswith(f"{name}/")]:
+            del self.shared[key]
+        if name in self.prompts:
+            del self.prompts[name]
+        del self.lanes[name]
+        self.routing.lanes = next(iter(self.lanes), None)
+
+    def detach(self) -> nn.Module:
+        """Take everything off; gives back the model bit for bit as it was, trainable as it was."""
+        if self.merged is not None:
+            raise RefusedError("a delta is merged into the weights", got=self.merged,
+                               hint="Call `tuned.unmerge()` first, or keep the merged model: `tuned.model`.")
+        for name in list(self.lanes):
+            self.remove(name)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required_grad.get(name, False))
+        return self.model
+
+    # ---- looking --------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter lies."""
+        return next(self.model.parameters()).device
+
+    @property
+    def name(self) -> str:
+        """The lane in use, if it is one for the whole batch; else the first one."""
+        lanes = self.routing.lanes
+        if isinstance(lanes, str):
+            return lanes
+        return next(iter(self.lanes))
+
+    def attached(self, name: str | None = None) -> list[Attached]:
+        """The methods of a lane (the one in use by default), in order."""
+        return self.lanes[self._known(name or self.name)]
+
+    def pairs(self, name: str | None = None) -> list[tuple[Site, Delta]]:
+        """Every (site, delta) of a lane, in order."""
+        return [pair for attached in self.attached(name) for pair in attached.attachment.deltas.items()]
+
+    def delta_parameters(self, name: str | None = None) -> dict[str, nn.Parameter]:
+        """The trainable parameters of a lane by their names in the checkpoint; a parameter that several share once."""
+        found: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+        for index, attached in enumerate(self.attached(name)):
+            for place, module in attached.named_deltas():
+                for key, parameter in module.named_parameters():
+                    if parameter.requires_grad and id(parameter) not in seen:
+                        seen.add(id(parameter))
+                        found[f"{index}:{place}:{key}"] = parameter
+        return found
+
+    def counts(self, name: str | None = None) -> tuple[int, int]:
+        """(parameters of the deltas, parameters of the heads that the task added)."""
+        heads = {index for index, attached in enumerate(self.attached(name)) if attached.is_head}
+        sizes = [0, 0]
+        for key, parameter in self.delta_parameters(name).items():
+            sizes[int(key.partition(":")[0]) in heads] += parameter.numel()
+        return sizes[0], sizes[1]
+
+    def never_ran(self, name: str | None = None) -> list[str]:
+        """Sites of a lane whose layer has not been called since it was attached: their deltas have no effect."""
+        lane = name or self.name
+        ran = {wrapper.path for wrapper in wrappers(self.model) if lane in wrapper.ran}
+        return [site.name for site, delta in self.pairs(lane)
+                if not isinstance(delta, PrefixDelta | InputDelta) and site.path not in ran]
+
+    # ---- running --------------------------------------------------------------------------------------------------
+
+    def use(self, lanes: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
+        """Switch the delta: a name, None for the bare model, or a name (or None) for each row of the batch.
+
+        Takes effect at once; as a context manager (`with tuned.use("b"): ...`) it switches back at the end.
+        """
+        for lane in [lanes] if lanes is None or isinstance(lanes, str) else lanes:
+            if lane is not None:
+                self._known(lane)
+        before = self.routing.lanes
+        self.routing.lanes = lanes_of(lanes)
+        stack = ExitStack()
+        stack.callback(setattr, self.routing, "lanes", before)
+        return stack  # type: ignore[return-value]
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        """The model's own output. With a prompt, its rows are put in front and taken off the logits again."""
+        if not self._prompting():
+            return self.model(*args, **inputs)
+        prepared, length = self.prepared(inputs)
+        return strip_prompt(self.model(*args, **prepared), length, self.model)
+
+    def prepared(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """The model's inputs with the prompt's rows in front, and how many rows these are (0 without a prompt)."""
+        if not self._prompting():
+            return inputs, 0
+        prompts = {lane: delta.rows() for lane, delta in self.prompts.items() if isinstance(delta, InputDelta)}
+        return insert_prompt(self.model, inputs, prompts, self.routing)
+
+    def _prompting(self) -> bool:
+        lanes = self.routing.lanes
+        return any(lane in self.prompts for lane in (lanes if isinstance(lanes, tuple) else (lanes,)) if lane is not None)
+
+    def hidden(self, **inputs: Any) -> tuple[Tensor, nn.Module]:
+        """(last hidden states (batch, time, d_model) without the prompt's rows, language-model head) of a causal model."""
+        head = output_layer(self.model)
+        if head is None:
+            raise RefusedError(f"{type(self.model).__name__} has no language-model head")
+        prepared, length = self.prepared(inputs)
+        output = self.model.get_decoder()(**prepared)  # type: ignore[operator]
+        return output.last_hidden_state[:, length:], head
+
+    def penalty(self) -> Tensor:
+        """The sum of the current lane's penalties, a scalar; exactly 0 when no delta has one."""
+        found = [delta.penalty() for _, delta in self.pairs() if type(delta).penalty is not Delta.penalty]
+        terms = [term for term in found if term is not None]
+        return torch.stack(terms).sum() if terms else torch.zeros((), device=self.device)
+
+    def controllers(self, plan: StepPlan, name: str | None = None) -> list[Controller]:
+        """New controllers for a lane's methods, for a run of that many steps."""
+        made = [attached.method.controller(attached.attachment, plan) for attached in self.attached(name)]
+        return [controller for controller in made if controller is not None]
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    def delta_state(self, name: str | None = None) -> dict[str, Tensor]:
+        """A lane's tensors by `method index:site:name`; detached, not copied."""
+        return {f"{index}:{place}:{key}": tensor.detach()
+                for index, attached in enumerate(self.attached(name))
+                for place, module in attached.named_deltas()
+                for key, tensor in module.state_dict().items()}
+
+    def load_delta_state(self, state: dict[str, Tensor], name: str | None = None) -> None:
+        """Take back what `delta_state` gave; nothing is changed unless every name and shape fits.
+
+        Raises:
+            CheckpointError: missing, unexpected or differently shaped tensors, all of them listed.
+        """
+        own = self.delta_state(name)
+        problems = [f"missing: {key} {tuple(own[key].shape)}" for key in own if key not in state]
+        problems += [f"unexpected: {key} {tuple(state[key].shape)}" for key in state if key not in own]
+        problems += [f"shape of {key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} here"
+                     for key in own if key in state and own[key].shape != state[key].shape]
+        if problems:
+            raise CheckpointError("the saved delta does not fit the attached one", problems=problems[:20])
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state[key])
+
+    def _known(self, name: str) -> str:
+        if name not in self.lanes:
+            raise SettingsError("no delta of that name is attached", got=name, legal=self.lanes,
+                                hint=did_you_mean(name, self.lanes))
+        return name
+
+
+def attach(model: nn.Module, methods: Sequence[Method], name: str = "default", *, heads: Sequence[Method] = (),
+           tokenizer: Any = None, seed: int = 0) -> Tuned:
+    """A tuned model: `model` frozen, with the deltas of `methods` composed in order under one name.
+
+    `heads` are methods that the task adds for new heads (counted apart); `tokenizer` is needed by methods whose initial
+    values come from text; `seed` decides all random initial values.
+
+    Raises:
+        TargetError, SettingsError, RefusedError: nothing has been changed.
+    """
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    tuned = Tuned(model)
+    try:
+        tuned.add(name, methods, heads=heads, tokenizer=tokenizer, seed=seed)
+    except BaseException:
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(required[key])
+        raise
+    return tuned

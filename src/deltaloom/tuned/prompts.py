@@ -1,0 +1,56 @@
+"""Soft prompts at the input of a tuned model: rows in front of the embeddings, and off the logits again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaloom.sites import input_layer
+from deltaloom.tuned.adapted import Routing
+
+
+def insert_prompt(model: nn.Module, inputs: dict[str, Any], prompts: dict[str, Tensor],
+                  routing: Routing) -> tuple[dict[str, Any], int]:
+    """The model's inputs with each row's prompt in front, and the number of rows put there (the longest prompt).
+
+    `prompts` holds (length, d_model) for each lane. Shorter prompts and rows without one are padded in front and masked.
+    """
+    inputs = dict(inputs)
+    embeds = inputs.pop("inputs_embeds", None)
+    if embeds is None:
+        embeds = input_layer(model)(inputs.pop("input_ids"))  # type: ignore[misc]
+    batch = embeds.shape[0]
+    groups = routing.groups(batch)
+    length = max(prompts[lane].shape[0] for lane, _ in groups if lane in prompts)
+    front = embeds.new_zeros(batch, length, embeds.shape[-1])
+    seen = torch.zeros(batch, length, dtype=torch.long, device=embeds.device)
+    for lane, rows in groups:
+        if lane not in prompts:
+            continue
+        block = prompts[lane].to(embeds.dtype)
+        where = slice(None) if rows is None else rows
+        count = batch if rows is None else len(rows)
+        padded = torch.cat((embeds.new_zeros(length - block.shape[0], block.shape[1]), block))
+        front[where] = padded.expand(count, -1, -1)
+        seen[where, length - block.shape[0]:] = 1
+    inputs["inputs_embeds"] = torch.cat((front, embeds), 1)
+    mask = inputs.get("attention_mask")
+    if mask is not None or not bool(seen.all()):
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+        inputs["attention_mask"] = torch.cat((seen.to(mask.dtype), mask), 1)
+    if inputs.get("token_type_ids") is not None:
+        types = inputs["token_type_ids"]
+        inputs["token_type_ids"] = torch.cat((types.new_zeros(batch, length), types), 1)
+    if inputs.get("labels") is not None and inputs["labels"].ndim == 2 and not model.config.is_encoder_decoder:
+        inputs["labels"] = torch.cat((inputs["labels"].new_full((batch, length), -100), inputs["labels"]), 1)
+    return inputs, length
+
+
+def strip_prompt(output: Any, length: int, model: nn.Module) -> Any:
+    """The model's output with the prompt's rows taken off token-level logits."""
+    logits = output.get("logits") if isinstance(output, dict) else None
+    if logits is not None and logits.ndim == 3 and not model.config.is_encoder_decoder:
+        output["logits"] = logits[:, length:]
+    return output
