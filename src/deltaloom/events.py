@@ -146,6 +146,7 @@ class Emitter:
         self.sinks = list(sinks)
 
     def __call__(self, event: Event) -> None:
+        """Send one event."""
         for sink in self.sinks:
             sink(event)
 
@@ -161,6 +162,7 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")  # a lone surrogate becomes its JSON escape
 
     def __call__(self, event: Event) -> None:
+        """Append one event."""
         self._file.write(json.dumps(finite(event.record()), ensure_ascii=False) + "\n")
         self._file.flush()
 

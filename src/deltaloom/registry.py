@@ -6,7 +6,11 @@ import importlib
 import inspect
 from pathlib import Path
 
+from typing import TypeVar
+
 from deltaloom.errors import SettingsError, did_you_mean
+
+T = TypeVar("T")
 
 
 def names_in(package: str, skip: tuple[str, ...] = ("base",)) -> list[str]:
@@ -16,7 +20,7 @@ def names_in(package: str, skip: tuple[str, ...] = ("base",)) -> list[str]:
     return sorted(stem.replace("_", "-") for stem in stems if not stem.startswith("_") and stem not in skip)
 
 
-def class_named(package: str, name: str, base: type, what: str, skip: tuple[str, ...] = ("base",)) -> type:
+def class_named(package: str, name: str, base: type[T], what: str, skip: tuple[str, ...] = ("base",)) -> type[T]:
     """The class in `package` whose `name` is `name`, found by its file.
 
     Raises:

@@ -18,7 +18,8 @@ import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
-from deltaloom.errors import RefusedError
+from deltaloom.errors import RefusedError, SettingsError
+from deltaloom.registry import class_named
 from deltaloom.settings import Settings
 from deltaloom.sites import Kind, Site, affine_weight, find_sites
 
@@ -193,6 +194,24 @@ class Method(Settings, ABC):
     def controller(self, attachment: Attachment, plan: StepPlan) -> Controller | None:
         """What changes these deltas while training; None for methods that stay as they are."""
         return None
+
+
+def method_from(record: dict[str, Any], where: str = "deltas") -> Method:
+    """The method that a record of a run file or checkpoint states: {"method": name, setting: value, ...}.
+
+    Raises:
+        SettingsError: no such method, an unknown setting or an illegal value; `where` is the key path that it names.
+    """
+    name = record.get("method")
+    if not isinstance(name, str):
+        raise SettingsError(f"{where}: each entry needs 'method: NAME'", got=record)
+    cls = class_named("deltaloom.deltas", name, Method, "method")
+    return cls.parse({key: value for key, value in record.items() if key != "method"}, f"{where} ({name})")
+
+
+def method_record(method: Method) -> dict[str, Any]:
+    """The record that `method_from` reads back: the name and every setting, defaults included."""
+    return {"method": method.name, **method.as_dict()}
 
 
 def layer_indices(layers: str | Iterable[int] | None) -> list[int] | None:

@@ -24,6 +24,8 @@ from deltaloom.sites import Kind, Site
 class LoraDelta(LowRankDelta):
     """B A at one site: `down` is A (rank, d_in), `up` is B (d_out, rank)."""
 
+    scale: Tensor
+
     def __init__(self, down: Tensor, up: Tensor, scale: float, dropout: float) -> None:
         super().__init__()
         self.down = nn.Parameter(down)

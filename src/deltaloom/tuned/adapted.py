@@ -207,6 +207,8 @@ def _whole_rows(site: Site, down: Tensor, scale: Tensor, up: Tensor, d_out: int)
 class DenseAffine:
     """A frozen nn.Linear or Conv1D seen as an affine layer."""
 
+    d_out: int
+
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.transposed = isinstance(layer, Conv1D)

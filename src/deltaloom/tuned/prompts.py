@@ -43,7 +43,7 @@ def insert_prompt(model: nn.Module, inputs: dict[str, Any], prompts: dict[str, T
     if inputs.get("token_type_ids") is not None:
         types = inputs["token_type_ids"]
         inputs["token_type_ids"] = torch.cat((types.new_zeros(batch, length), types), 1)
-    if inputs.get("labels") is not None and inputs["labels"].ndim == 2 and not model.config.is_encoder_decoder:
+    if inputs.get("labels") is not None and inputs["labels"].ndim == 2 and not _has_encoder(model):
         inputs["labels"] = torch.cat((inputs["labels"].new_full((batch, length), -100), inputs["labels"]), 1)
     return inputs, length
 
@@ -51,6 +51,10 @@ def insert_prompt(model: nn.Module, inputs: dict[str, Any], prompts: dict[str, T
 def strip_prompt(output: Any, length: int, model: nn.Module) -> Any:
     """The model's output with the prompt's rows taken off token-level logits."""
     logits = output.get("logits") if isinstance(output, dict) else None
-    if logits is not None and logits.ndim == 3 and not model.config.is_encoder_decoder:
+    if logits is not None and logits.ndim == 3 and not _has_encoder(model):
         output["logits"] = logits[:, length:]
     return output
+
+
+def _has_encoder(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
