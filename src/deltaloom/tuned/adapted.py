@@ -209,28 +209,29 @@ class DenseAffine:
 
     d_out: int
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Linear | Conv1D) -> None:
         self.layer = layer
         self.transposed = isinstance(layer, Conv1D)
-        weight = layer.weight
-        self.d_out = weight.shape[1] if self.transposed else weight.shape[0]  # type: ignore[union-attr, index]
+        self.d_out = int(layer.weight.shape[1 if self.transposed else 0])
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out), bias included."""
-        weight, bias = self.layer.weight, self.layer.bias
-        weight = weight.to(x.dtype)  # type: ignore[union-attr, operator]
-        return functional.linear(x, weight.T if self.transposed else weight, None if bias is None else bias.to(x.dtype))  # type: ignore[union-attr, operator, arg-type]
+        bias = self.layer.bias
+        return functional.linear(x, self._weight(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def product_transposed(self, g: Tensor) -> Tensor:
         """g (..., d_out) -> (..., d_in)"""
-        weight = self.layer.weight.to(g.dtype)  # type: ignore[union-attr, operator]
-        return g @ (weight.T if self.transposed else weight)
+        return g @ self._weight(g.dtype)
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        weight = self.layer.weight.to(dtype)
+        return weight.T if self.transposed else weight
 
 
 def affine_face(layer: nn.Module) -> Affine | None:
     """The layer's affine face for the fused kernel, or None for a layer that is not affine."""
     if type(layer) is nn.Linear or type(layer) is Conv1D:
-        return DenseAffine(layer)
+        return DenseAffine(layer)  # not isinstance: a subclass may compute something else
     return layer if isinstance(layer, Affine) else None
 
 
