@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deltaloom.architectures import ATTENTION_ROLES, FAMILIES, MLP_ROLES, Family, role_of, split_path
@@ -125,14 +126,12 @@ def head_paths(model: nn.Module) -> list[str]:
 
 def output_layer(model: nn.Module) -> nn.Module | None:
     """The language-model head of a transformers model, or None."""
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if getter is not None else None
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
 def input_layer(model: nn.Module) -> nn.Module | None:
     """The token embeddings of a transformers model, or None."""
-    getter = getattr(model, "get_input_embeddings", None)
-    return getter() if getter is not None else None
+    return model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
 def affine_weight(module: nn.Module) -> Tensor:
@@ -186,10 +185,9 @@ def _parts(model: nn.Module, family: Family | None, site: Site) -> list[Site]:
     if not names:
         return []
     shares = [1] * len(names)
-    if "q" in names:
-        config = model.config
-        heads = config.num_attention_heads
-        keys = getattr(config, "num_key_value_heads", None) or heads
+    if "q" in names and isinstance(model, PreTrainedModel):
+        heads = int(model.config.num_attention_heads)
+        keys = int(getattr(model.config, "num_key_value_heads", None) or heads)
         shares = [heads, keys, keys]
     unit = site.d_out // sum(shares)
     parts, start = [], 0

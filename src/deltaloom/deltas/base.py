@@ -205,7 +205,7 @@ def method_from(record: dict[str, Any], where: str = "deltas") -> Method:
     name = record.get("method")
     if not isinstance(name, str):
         raise SettingsError(f"{where}: each entry needs 'method: NAME'", got=record)
-    cls = class_named("deltaloom.deltas", name, Method, "method")
+    cls = class_named("deltaloom.deltas", name, Method, "method")  # type: ignore[type-abstract]
     return cls.parse({key: value for key, value in record.items() if key != "method"}, f"{where} ({name})")
 
 

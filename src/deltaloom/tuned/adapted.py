@@ -101,7 +101,7 @@ class Adapted(nn.Module):
         if key not in self.lanes:
             self.lanes[key] = nn.ModuleList()
             self.sites[key] = []
-        self.lanes[key].append(delta)  # type: ignore[operator, union-attr]
+        self._list(key).append(delta)
         self.sites[key].append(site)
 
     def remove(self, lane: str) -> None:
@@ -117,7 +117,13 @@ class Adapted(nn.Module):
         key = f"lane:{lane}"
         if lane is None or key not in self.lanes:
             return []
-        return list(zip(self.sites[key], self.lanes[key], strict=True))  # type: ignore[arg-type]
+        return [(site, delta) for site, delta in zip(self.sites[key], self._list(key), strict=True) if isinstance(delta, Delta)]
+
+    def _list(self, key: str) -> nn.ModuleList:
+        found = self.lanes[key]
+        if not isinstance(found, nn.ModuleList):  # never: only `add` fills the dictionary
+            raise TypeError(f"lane {key} holds a {type(found).__name__}")
+        return found
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer with the deltas of the current lane; row by row where the routing says so."""
