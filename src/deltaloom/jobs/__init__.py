@@ -1,0 +1,1 @@
+"""One function for each command: what the command line does is here, without a terminal."""

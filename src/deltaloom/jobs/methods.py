@@ -1,0 +1,126 @@
+"""The catalogue of methods, read from their files as text: it needs no torch, and a faulty file does not hide the others."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deltaloom import deltas
+from deltaloom.errors import SettingsError, did_you_mean
+from deltaloom.registry import names_in
+
+
+@dataclass(frozen=True)
+class SettingFacts:
+    """One setting of a method: its type and default as written, and what it means."""
+
+    name: str
+    type: str
+    default: str
+    about: str
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """A method as its file describes it."""
+
+    name: str
+    summary: str
+    text: str
+    settings: tuple[SettingFacts, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def catalogue() -> list[MethodFacts]:
+    """Every method, by its file in the deltas folder."""
+    return [_read(name) for name in names_in("deltaloom.deltas")]
+
+
+def one_or_all(name: str | None) -> list[MethodFacts]:
+    """All methods, or the one of that name.
+
+    Raises:
+        SettingsError: there is no such method.
+    """
+    legal = names_in("deltaloom.deltas")
+    if name is None:
+        return catalogue()
+    if name not in legal:
+        raise SettingsError("unknown method", got=name, legal=legal, hint=did_you_mean(name, legal))
+    return [_read(name)]
+
+
+def method_text(methods: list[MethodFacts], *, full: bool) -> str:
+    """What the terminal shows."""
+    lines = []
+    for method in methods:
+        if not full:
+            lines.append(f"{method.name:12} {method.summary}")
+            continue
+        lines += [method.name, "", method.text, "", "Settings:"]
+        lines += [f"  {s.name}: {s.type} = {s.default}\n      {s.about}" for s in method.settings]
+    return "\n".join(lines)
+
+
+def _read(name: str) -> MethodFacts:
+    folder = Path(deltas.__path__[0])
+    common = _settings_of(ast.parse((folder / "base.py").read_text(encoding="utf-8")), "Method")
+    tree = ast.parse((folder / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8"))
+    text = ast.get_docstring(tree) or ""
+    own: dict[str, SettingFacts] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and _class_value(node, "name") == name:
+            own = _settings_of(tree, node.name)
+    return MethodFacts(name, text.split("\n", 1)[0], text, tuple({**own, **{k: v for k, v in common.items() if k not in own}}.values()))
+
+
+def _settings_of(tree: ast.Module, class_name: str) -> dict[str, SettingFacts]:
+    """The annotated fields of a class, with the string that follows each as its description."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            return {fact.name: fact for fact in _fields(node)}
+    return {}
+
+
+def _fields(node: ast.ClassDef) -> list[SettingFacts]:
+    found = []
+    for statement, following in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        written = ast.unparse(statement.annotation)
+        if written.startswith("ClassVar"):
+            continue
+        about = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            about = " ".join(str(following.value.value).split())
+        found.append(SettingFacts(statement.target.id, written, _default(statement.value), about or _described(statement.value)))
+    return found
+
+
+def _default(value: ast.expr | None) -> str:
+    if value is None:
+        return "required"
+    if isinstance(value, ast.Call):  # Field(default, ...)
+        return ast.unparse(value.args[0]) if value.args else "made anew"
+    return ast.unparse(value)
+
+
+def _described(value: ast.expr | None) -> str:
+    if isinstance(value, ast.Call):
+        for keyword in value.keywords:
+            if keyword.arg == "description" and isinstance(keyword.value, ast.Constant):
+                return str(keyword.value.value)
+    return ""
+
+
+def _class_value(node: ast.ClassDef, name: str) -> object:
+    for statement in node.body:
+        if (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.target.id == name
+                and isinstance(statement.value, ast.Constant)):
+            return statement.value.value
+    return None

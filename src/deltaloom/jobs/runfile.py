@@ -1,0 +1,158 @@
+"""The run file: one YAML mapping that says everything about a run, its overrides, and where each value came from.
+
+Every section is parsed by the part that reads it; this file knows only their names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from deltaloom.errors import SettingsError, did_you_mean
+from deltaloom.settings import Settings
+
+LIMIT = 1_000_000  # bytes of a run file; anything larger is not one
+
+
+class LogSettings(Settings):
+    """Where else the events go."""
+
+    tensorboard: bool = Field(False, description="also write TensorBoard files into the run folder")
+
+
+class RunFile(Settings):
+    """The top level of a run file; sections are mappings that their own part checks."""
+
+    model: str
+    task: str | None = None
+    data: dict[str, Any]
+    deltas: tuple[dict[str, Any], ...] = ()
+    train: dict[str, Any] = Field(default_factory=dict)
+    log: LogSettings = LogSettings()
+    seed: int = Field(0, ge=0, lt=2**31)
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A parsed run file: its settings, the folder that relative data paths start at, and the origin of each given value."""
+
+    file: RunFile
+    base: Path
+    origins: dict[str, str]  # dotted key -> "file" or "flag"
+    name: str
+
+
+def read_run_file(path: Path, overrides: list[str] | None = None) -> Run:
+    """A run file with `key.path=value` overrides applied (values are YAML).
+
+    Raises:
+        SettingsError: no file, no YAML mapping, an unknown key, an override that cannot be applied.
+    """
+    text = _read(path)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path.name}:{mark.line + 1}" if mark is not None else path.name
+        raise SettingsError(f"{where}: this is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path.name} must hold a mapping of keys to values", got=type(values).__name__,
+                            legal=RunFile.model_fields, hint="`deltaloom init` writes a starter run file.")
+    values = number_or(values)
+    values.pop("origins", None)  # a resolved run file of an earlier run may be run again
+    return parse_run(values, overrides or [], base=path.resolve().parent, name=path.stem)
+
+
+def parse_run(values: dict[str, Any], overrides: list[str] = (), *, base: Path, name: str = "run") -> Run:  # type: ignore[assignment]
+    """A run from a mapping, as a library user or `read_run_file` has it."""
+    origins = dict.fromkeys(_leaves(values), "file")
+    for override in overrides:
+        key = apply_override(values, override)
+        origins = {k: v for k, v in origins.items() if not k.startswith(key + ".")} | {key: "flag"}
+    return Run(RunFile.parse(values, "run file"), base, origins, name)
+
+
+def apply_override(values: dict[str, Any], override: str) -> str:
+    """Set `a.b.0.c=value` in place and give back the key; missing mappings on the way are made."""
+    key, sign, text = override.partition("=")
+    key = key.strip()
+    if not sign or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise SettingsError("an override has the form key.path=value", got=override, hint="For example: -s train.learning_rate=5e-4")
+    try:
+        value = number_or(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise SettingsError("the value of an override is not YAML", got=override) from None
+    place: Any = values
+    parts = key.split(".")
+    for position, part in enumerate(parts):
+        last = position == len(parts) - 1
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                raise SettingsError(f"the override '{key}' names no entry of the list", got=part, legal=range(len(place)))
+            if last:
+                place[int(part)] = value
+            place = place[int(part)]
+        elif isinstance(place, dict):
+            if last:
+                place[part] = value
+            elif not isinstance(place.get(part), (dict, list)):
+                place[part] = {}
+            place = place[part]
+        else:
+            raise SettingsError(f"the override '{key}' goes through a value that has no keys", got=part)
+    if parts[0] not in RunFile.model_fields:
+        raise SettingsError("unknown key in an override", got=key, legal=RunFile.model_fields,
+                            hint=did_you_mean(parts[0], RunFile.model_fields))
+    return key
+
+
+def number_or(value: Any) -> Any:
+    """The value; text such as 5e-4, which YAML 1.1 does not take for a number, as a float."""
+    if isinstance(value, dict):
+        return {key: number_or(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [number_or(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def resolved_yaml(sections: dict[str, Any], origins: dict[str, str]) -> str:
+    """The resolved run file: every value, defaults included, and where each came from."""
+    known = {key: _origin(key, origins) for key in _leaves(sections)}
+    return yaml.safe_dump({**sections, "origins": known}, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _origin(key: str, origins: dict[str, str]) -> str:
+    while key:
+        if key in origins:
+            return origins[key]
+        key = key.rpartition(".")[0]
+    return "default"
+
+
+def _leaves(values: Any, prefix: str = "") -> list[str]:
+    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, (list, tuple)) else None
+    if pairs is None:
+        return [prefix]
+    found = [leaf for key, value in pairs for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
+    return found or ([prefix] if prefix else [])
+
+
+def _read(path: Path) -> str:
+    if not path.exists():
+        raise SettingsError("there is no such run file", got=str(path), hint="`deltaloom init` writes a starter run file.")
+    if path.is_dir():
+        raise SettingsError("this is a folder, not a run file", got=str(path), hint="Name the YAML file.")
+    if path.stat().st_size > LIMIT:
+        raise SettingsError("this is too large for a run file", got=f"{path.stat().st_size} bytes", legal=f"up to {LIMIT} bytes")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise SettingsError("this is not a text file", got=path.name, hint="A run file is YAML in UTF-8.") from None
