@@ -45,7 +45,8 @@ class Delta(nn.Module, ABC):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of the affine layer that equals the layer with this delta.
 
-        weight is (d_out, d_in) in float32 or float64 whatever the layer's storage ((d,) for a norm, (n, d) for embeddings).
+        weight is (d_out, d_in) in float32 or float64 whatever the layer's storage: transposed for Conv1D and for embeddings,
+        whose d_in is the vocabulary; (d,) for a norm. With part sites it holds the rows of the part.
 
         Raises:
             RefusedError: the change is not an affine one; the message says why.
@@ -81,10 +82,9 @@ class LowRankDelta(Delta, ABC):
         return (up * scale) @ down
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """weight + up diag(scale) down; for embeddings (vocabulary, d) the transposed product."""
+        """weight + up diag(scale) down."""
         down, scale, up = (factor.detach().to(weight.dtype) for factor in self.factors())
-        change = (up * scale) @ down
-        return weight + (change if change.shape == weight.shape else change.T), bias
+        return weight + (up * scale) @ down, bias
 
 
 class PrefixDelta(Delta, ABC):
