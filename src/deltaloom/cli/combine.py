@@ -13,7 +13,7 @@ from deltaloom.cli.output import Json, Verbose, give, say
 def combine(
     deltas: Annotated[list[str], typer.Argument(help="Run folders or delta folders of one base.", metavar="D1 D2 ...")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must be new or empty.")],
-    weights: Annotated[str | None, typer.Option("--weights", help="One weight a delta, e.g. 0.5,0.5; default: equal shares.")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="One weight a delta, e.g. 0.5,0.5; default: equal.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Truncate to this rank; the error is printed.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="The base, if it is not where the deltas say.")] = None,
     as_json: Json = False,

@@ -14,7 +14,7 @@ def tune(
     run_file: Annotated[Path, typer.Argument(help="The run file.", metavar="RUN.yaml")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in the folder.")] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:

@@ -34,10 +34,11 @@ def examine() -> tuple[dict[str, Any], list[str]]:
     free = shutil.disk_usage(_existing(str(cache_root()))).free
     facts["free disk"] = f"{free / 1e9:.1f} GB"
     if free < 2e9:
-        problems.append(f"only {free / 1e9:.1f} GB of disk are free; a bundled model needs up to 1 GB while it is unpacked")
+        problems.append(f"only {free / 1e9:.1f} GB of disk are free; unpacking a bundled model takes up to 1 GB")
     missing = [model.name for model in bundled_models() if not model.present]
     if missing:
-        problems.append(f"bundled models not here: {', '.join(missing)}; get them with `deltaloom models get {' '.join(missing)}`")
+        names = " ".join(missing)
+        problems.append(f"bundled models not here: {names}; get them with `deltaloom models get {names}`")
     return facts, problems
 
 

@@ -76,7 +76,8 @@ def _read(name: str) -> MethodFacts:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and _class_value(node, "name") == name:
             own = _settings_of(tree, node.name)
-    return MethodFacts(name, text.split("\n", 1)[0], text, tuple({**own, **{k: v for k, v in common.items() if k not in own}}.values()))
+    settings = own | {key: value for key, value in common.items() if key not in own}
+    return MethodFacts(name, text.split("\n", 1)[0], text, tuple(settings.values()))
 
 
 def _settings_of(tree: ast.Module, class_name: str) -> dict[str, SettingFacts]:

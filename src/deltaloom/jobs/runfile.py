@@ -83,7 +83,8 @@ def apply_override(values: dict[str, Any], override: str) -> str:
     key, sign, text = override.partition("=")
     key = key.strip()
     if not sign or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-        raise SettingsError("an override has the form key.path=value", got=override, hint="For example: -s train.learning_rate=5e-4")
+        raise SettingsError("an override has the form key.path=value", got=override,
+                            hint="For example: -s train.learning_rate=5e-4")
     try:
         value = number_or(yaml.safe_load(text))
     except yaml.YAMLError:
