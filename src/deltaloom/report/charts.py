@@ -16,6 +16,7 @@ from deltaloom.report.text import DASH, figure
 
 SERIES = 6
 _WIDTH, _HEIGHT = 560.0, 250.0
+_WIDE = 860.0  # before-and-after and heat map get a row of their own
 _LEFT, _RIGHT, _BOTTOM = 58.0, 14.0, 38.0
 _HOVER_COLUMNS = 100
 _LETTER = 6.6  # average width of a letter at the charts' font size; only legends and labels depend on it
@@ -98,13 +99,13 @@ def before_after(title: str, changes: Sequence[Change], *, form: Callable[[float
     """One row a metric on an axis from 0 to 1: an open ring before, a filled dot after with its interval, a tick for the mark."""
     left = _label_width([change.name for change in changes])
     height = 34.0 * len(changes) + 26
-    x = scale([0.0, 1.0], left, _WIDTH - 16)
+    x = scale([0.0, 1.0], left, _WIDE - 16)
     parts = [_vertical_grid(x, height, form)]
     for index, change in enumerate(changes):
         parts.append(_change(change, x, 34.0 * index + 20, left, form))
     said = "; ".join(f"{change.name} {form(change.before) if change.before is not None else 'unknown'} to {form(change.after)}"
                      for change in changes)
-    return canvas(_WIDTH, height, f"{title}. {said or 'no values'}", "".join(parts))
+    return canvas(_WIDE, height, f"{title}. {said or 'no values'}", "".join(parts))
 
 
 def heatmap(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], *, title: str = "Heat map",
@@ -113,7 +114,7 @@ def heatmap(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequen
     known = [value for row in values for value in row if value is not None]
     low, high = min([0.0, *known]), max([0.0, *known])
     left = _label_width(rows)
-    width = (_WIDTH - left - 8) / max(1, len(columns))
+    width = (_WIDE - left - 8) / max(1, len(columns))
     size = 22.0 if len(rows) <= 16 else 14.0 if len(rows) <= 60 else 9.0
     parts = []
     for index, (name, row) in enumerate(zip(rows, values, strict=True)):
@@ -128,10 +129,10 @@ def heatmap(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequen
     bottom = size * len(rows) + 20
     for column in range(0, len(columns), max(1, -(-len(columns) // 8))):
         parts.append(element("text", text=columns[column], x=left + width * (column + 0.5), y=bottom, text_anchor="middle"))
-    parts.append(element("text", text=column_label, x=_WIDTH - 8, y=bottom + 18, text_anchor="end", class_="label"))
+    parts.append(element("text", text=column_label, x=_WIDE - 8, y=bottom + 18, text_anchor="end", class_="label"))
     span = f"values from {figure(min(known))} to {figure(max(known))}" if known else "no values"
     said = f"{title}: {len(rows)} rows, {len(columns)} columns, {span}"
-    return canvas(_WIDTH, bottom + 26, said, "".join(parts))
+    return canvas(_WIDE, bottom + 26, said, "".join(parts))
 
 
 def _legend(series: Sequence[Series]) -> tuple[str, float]:

@@ -19,7 +19,7 @@ _SIZES: tuple[tuple[str, str, Callable[[float | None], str], bool | None], ...] 
     ("head_parameters", "head parameters", text.count, None),
     ("total_parameters", "model parameters", text.count, None),
     ("delta_bytes", "delta size", text.byte_size, False),
-    ("flops_per_token", "FLOP per token", text.figure, False),
+    ("flops_per_token", "FLOP per token", text.quantity, False),
     ("seconds", "training time", text.duration, False),
     ("tokens", "tokens", text.count, None),
     ("tokens_per_second", "tokens per second", text.figure, True),
@@ -93,10 +93,11 @@ def compare(runs: Sequence[RunFacts], names: Sequence[str]) -> Comparison:
             _plain("run", "methods", [" + ".join(run.methods) for run in runs]),
             _plain("run", "ended", [run.status for run in runs])]
     rows += _metric_rows(runs)
+    whole = [run.status != "unfinished" for run in runs]
     for field, label, form, higher in _SIZES:
         values = [getattr(run.sizes, field) for run in runs]
         if any(value is not None for value in values):
-            rows.append(_row("sizes", label, values, form, higher))
+            rows.append(_row("sizes", label, values, form, higher, whole=whole))
     settings, same = _setting_rows(runs)
     notes = tuple(f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.missing)
     return Comparison(tuple(names), (*rows, *settings), same, notes)
@@ -120,7 +121,7 @@ def _metric_rows(runs: Sequence[RunFacts]) -> list[ComparisonRow]:
         higher = next(metric for metric in found if metric).higher_is_better
         values = [metric.value if metric else None for metric in found]
         cells = [metric.text if metric else text.DASH for metric in found]
-        rows.append(_row("metrics", name, values, text.figure, higher, cells))
+        rows.append(_row("metrics", name, values, text.measured, higher, cells))
     return rows
 
 
@@ -141,11 +142,13 @@ def _plain(group: str, label: str, values: Sequence[str]) -> ComparisonRow:
 
 
 def _row(group: str, label: str, values: Sequence[float | None], form: Callable[[float | None], str], higher: bool | None,
-         cells: Sequence[str] | None = None) -> ComparisonRow:
-    known = [value for value in values if value is not None]
+         cells: Sequence[str] | None = None, whole: Sequence[bool] | None = None) -> ComparisonRow:
+    """`whole` tells which runs ended: a part of a run is no contender for the shortest time."""
+    contenders = values if whole is None else [value if ended else None for value, ended in zip(values, whole, strict=True)]
+    known = [value for value in contenders if value is not None]
     differs = len(set(values)) > 1
     best: tuple[int, ...] = ()
     if higher is not None and len(set(known)) > 1:
         goal = max(known) if higher else min(known)
-        best = tuple(index for index, value in enumerate(values) if value == goal)
+        best = tuple(index for index, value in enumerate(contenders) if value == goal)
     return ComparisonRow(group, label, tuple(cells or [form(value) for value in values]), tuple(values), differs, best)

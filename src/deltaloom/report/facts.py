@@ -137,6 +137,8 @@ def _sizes(result: dict[str, Any], kinds: dict[str, list[dict[str, Any]]]) -> Si
                   "total_parameters": attached.get("total_parameters")}
     if kinds["Finished"]:
         found |= {"seconds": kinds["Finished"][-1].get("seconds"), "tokens": kinds["Finished"][-1].get("tokens")}
+    elif kinds["Step"]:
+        found |= {key: sum(as_number(record.get(key)) or 0.0 for record in kinds["Step"]) for key in ("seconds", "tokens")}
     exact = {"flops_per_token", "seconds", "tokens_per_second"}
     numbers: dict[str, Any] = {}
     for key in Sizes.__dataclass_fields__:

@@ -77,8 +77,8 @@ def render(runs: Sequence[RunFacts], names: Sequence[str]) -> str:
     style = files("deltaloom.report").joinpath("page.css").read_text(encoding="utf-8")
     template = files("deltaloom.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"count": text.count, "figure": text.figure, "signed": text.signed, "share": text.share,
-                            "bytes": text.byte_size, "duration": text.duration}
+    environment.filters |= {"count": text.count, "figure": text.figure, "measured": text.measured, "quantity": text.quantity,
+                            "signed": text.signed, "share": text.share, "bytes": text.byte_size, "duration": text.duration}
     several = len(runs) > 1
     views = [_view(run, name, f"run{index}-" if several else "")
              for index, (run, name) in enumerate(zip(runs, names, strict=True))]
@@ -119,7 +119,7 @@ def _curve_charts(run: RunFacts) -> list[Chart]:
     best = f"best at step {run.best_step:,}" if run.best_step is not None else ""
     for name, points in run.evaluations.items():
         if not (loss and name == "loss"):
-            charts.append(_lines(name, [Series(name, points, 1, dots=True)], "evaluation", best))
+            charts.append(_lines(name, [Series(name, points, 0, dots=True)], "evaluation", best))
     others: tuple[tuple[str, str, str, Callable[[float], str], bool], ...] = (
         ("penalty", "Penalty", "", text.figure, False),
         ("learning_rate", "Learning rate", "", text.figure, True),
@@ -131,7 +131,7 @@ def _curve_charts(run: RunFacts) -> list[Chart]:
     )
     for key, title, unit, form, zero in others:
         if points := run.curves.get(key, ()):
-            charts.append(_lines(title, [Series(title, points, 2)], unit, zero=zero, form=form))
+            charts.append(_lines(title, [Series(title, points)], unit, zero=zero, form=form))
     return charts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltaloom.report.text import figure, signed
+from deltaloom.report.text import measured, signed
 
 Points = tuple[tuple[float, float], ...]
 
@@ -35,8 +35,8 @@ class Metric:
     def text(self) -> str:
         """Before, after and gain on one line."""
         if self.base is None:
-            return figure(self.value)
-        return f"{figure(self.base)} \u2192 {figure(self.value)} ({signed(self.gain)})"
+            return measured(self.value)
+        return f"{measured(self.base)} \u2192 {measured(self.value)} ({signed(self.gain)})"
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,30 @@ def figure(value: float | None) -> str:
     return f"{value:.4g}"
 
 
+def measured(value: float | None) -> str:
+    """Like `figure`, with its trailing zeros, so that a column of results lines up: 0.8300 under 0.8392."""
+    if value is None or _unusable(value):
+        return DASH
+    return figure(value) if abs(value) >= 1000 or value == 0 else f"{value:#.4g}".removesuffix(".")
+
+
+def quantity(value: float | None) -> str:
+    """A large number with the prefix of its power of 1000: 85.8 M, 1.23 T."""
+    if value is None or _unusable(value):
+        return DASH
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}" if abs(value) < 1000 * factor else f"{value / factor:,.0f} {prefix}"
+    return f"{value:.3g} "
+
+
 def signed(value: float | None) -> str:
-    """A difference with its sign: +0.31, or \u22120.2 with a real minus."""
+    """A difference with its sign: +0.3100, or \u22120.2000 with a real minus."""
     if value is None or _unusable(value):
         return DASH
     if value == 0:
         return "\u00b10"
-    return ("+" if value > 0 else _MINUS) + figure(abs(value))
+    return ("+" if value > 0 else _MINUS) + measured(abs(value))
 
 
 def share(value: float | None) -> str:
