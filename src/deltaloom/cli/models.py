@@ -21,7 +21,7 @@ def list_models(as_json: Json = False, verbose: Verbose = False) -> None:
 
     rows = [{"name": f"bundled:{model.name}", "present": model.present, "about": model.what} for model in bundled_models()]
     for row in rows:
-        say(f"{row['name']:34} {'here' if row['present'] else 'not here':9} {row["about"]}")
+        say(f"{row['name']:34} {'here' if row['present'] else 'not here':9} {row['about']}")
     give({"models": rows}, as_json)
 
 
