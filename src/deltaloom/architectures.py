@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 ATTENTION_ROLES = ("q", "k", "v", "o", "qkv")
 MLP_ROLES = ("gate", "up", "down", "gate_up")
+NOT_BY_ROW = ("relative_attention_bias",)  # layers whose input is (queries, keys), the same for every row of the batch
 
 
 @dataclass(frozen=True)

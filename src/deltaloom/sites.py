@@ -6,7 +6,7 @@ All sites of all methods are resolved on the untouched model before anything is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -57,7 +57,7 @@ def all_sites(model: nn.Module) -> list[Site]:
     for path, module in model.named_modules():
         found = _module_sites(model, family, heads, path, module)
         sites.extend(found)
-        if found and found[0].kind != "attention":
+        if any(site.kind in ("linear", "embedding", "norm") for site in found):
             covered.add(path)
     sites.extend(_branches(sites, family))
     for path, module in model.named_modules():
@@ -67,18 +67,20 @@ def all_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
-def find_sites(model: nn.Module, targets: Targets, kinds: Iterable[Kind], layers: Iterable[int] | None = None) -> list[Site]:
+def find_sites(model: nn.Module, targets: Targets, kinds: Iterable[Kind], layers: Iterable[int] | None = None,
+               keep: Callable[[Site], bool] | None = None) -> list[Site]:
     """Sites of the given kinds that the targets name.
 
     A target is a word (`attention`, `mlp`, `all-linear`: the linears inside the blocks; `all`: every site of these kinds),
     the end of a path (`q_proj`), a role (`q`: also the part of a fused layer), a glob on the path, or `re:` and a regular
-    expression for the whole path. A leading `!` removes what it names. `layers` keeps only these blocks.
+    expression for the whole path. A leading `!` removes what it names. `layers` keeps only these blocks. `keep` says which
+    sites can carry the delta at all, where the kind does not say it; the others do not exist for the targets.
 
     Raises:
         TargetError: targets that match nothing, all of them at once, with the names that exist.
     """
     kinds = tuple(kinds)
-    candidates = [site for site in all_sites(model) if site.kind in kinds]
+    candidates = [site for site in all_sites(model) if site.kind in kinds and (keep is None or keep(site))]
     patterns = [targets] if isinstance(targets, str) else list(targets)
     wanted = set(layers) if layers is not None else None
     chosen: dict[str, Site] = {}
@@ -135,11 +137,11 @@ def input_layer(model: nn.Module) -> nn.Module | None:
 
 
 def affine_weight(module: nn.Module) -> Tensor:
-    """The weight of an affine layer as (d_out, d_in), whatever its orientation; a view where that is possible."""
+    """The weight of an affine layer or of embeddings as (d_out, d_in), whatever its orientation; a view where possible."""
     weight = module.weight
     if not isinstance(weight, Tensor):
         raise TargetError(f"{type(module).__name__} has no dense weight")
-    return weight.T if isinstance(module, Conv1D) else weight
+    return weight.T if isinstance(module, (Conv1D, nn.Embedding)) else weight
 
 
 def _is_affine(module: nn.Module) -> bool:
@@ -161,11 +163,13 @@ def _module_sites(model: nn.Module, family: Family | None, heads: list[str], pat
     if isinstance(module, nn.Embedding):
         tokens = input_layer(model)
         role = "embed" if tokens is not None and module.weight is tokens.weight else rest.rsplit(".", 1)[-1]
-        found = [Site(path, "embedding", role, module.num_embeddings, module.embedding_dim, layer, stack)]
+        found = []
+        if type(module).forward is nn.Embedding.forward:  # some position tables and scaled embeddings are more than a look-up
+            found.append(Site(path, "embedding", role, module.num_embeddings, module.embedding_dim, layer, stack))
         if module is tokens:
             found.append(Site(path, "input", "input", module.embedding_dim, module.embedding_dim))
         return found
-    if _is_norm(module):
+    if _is_norm(module) and isinstance(module.weight, Tensor):
         width = module.weight.numel()
         return [Site(path, "norm", "norm", width, width, layer, stack, has_bias=getattr(module, "bias", None) is not None)]
     if layer is not None and _is_attention(family, rest, module):

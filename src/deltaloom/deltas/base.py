@@ -10,7 +10,7 @@ Overrides come first, whatever their position: they replace the layer's own tens
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -31,7 +31,10 @@ class Delta(nn.Module, ABC):
     changes_at_birth: ClassVar[str] = ""
 
     def before(self, x: Tensor) -> Tensor:
-        """New input of the layer, from its input x (..., d_in)."""
+        """New input of the layer, from its input x (..., d_in).
+
+        Not for a part of a fused layer, whose other parts read the same input, nor for a branch: `attach` has to refuse these.
+        """
         return x
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
@@ -39,7 +42,7 @@ class Delta(nn.Module, ABC):
         return y
 
     def override(self) -> dict[str, Tensor]:
-        """Trainable replacements of the layer's own tensors, by their names in the layer."""
+        """Trainable replacements of the layer's own tensors, by their names in the layer; always whole tensors."""
         return {}
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -110,6 +113,7 @@ class AttachContext:
     model: nn.Module
     tokenizer: Any = None
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    fixed: frozenset[str] = frozenset()  # names of parameters that the model itself does not train, such as position tables
 
     def layer(self, site: Site) -> nn.Module:
         """The frozen layer at a site."""
@@ -128,6 +132,23 @@ class Attachment:
 
     deltas: dict[Site, Delta]
     shared: dict[str, nn.Module] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PeftPart:
+    """What PEFT's files hold of one adapter, or of one method's share of it."""
+
+    config: dict[str, Any]      # fields of adapter_config.json; `target_modules` are whole module paths
+    tensors: dict[str, Tensor]  # by PEFT's names without their leading "base_model.model."
+
+
+@dataclass(frozen=True)
+class PeftReading:
+    """What a method found in PEFT's files: its settings, its tensors by site name and own name, the names it has read."""
+
+    method: Method
+    state: dict[str, dict[str, Tensor]]
+    used: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -166,6 +187,8 @@ class Method(Settings, ABC):
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
+    peft_types: ClassVar[tuple[str, ...]] = ()   # values of PEFT's `peft_type` that this method reads and writes
+    peft_fields: ClassVar[tuple[str, ...]] = ()  # fields by which it is part of another method's PEFT adapter
 
     targets: str | tuple[str, ...] = "all-linear"
     """Which sites: words, names, roles, globs, `re:` expressions; see `deltaloom.sites.find_sites`."""
@@ -193,6 +216,30 @@ class Method(Settings, ABC):
 
     def controller(self, attachment: Attachment, plan: StepPlan) -> Controller | None:
         """What changes these deltas while training; None for methods that stay as they are."""
+        return None
+
+    def fit(self, attachment: Attachment, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Make newly attached deltas fit saved tensors, whose shapes `shapes` holds by `site name:tensor name`.
+
+        Only for methods whose tensors change their shapes in training; for all others a misfit is an error later.
+        """
+        return
+
+    def to_peft(self, attachment: Attachment, model: nn.Module) -> PeftPart:
+        """These deltas as PEFT holds them; `model` is the bare model.
+
+        Raises:
+            RefusedError: PEFT has no such method, or not with these settings.
+        """
+        raise RefusedError(f"PEFT has no counterpart of '{self.name}'", hint="Keep the native format.")
+
+    @classmethod
+    def from_peft(cls, adapter: PeftPart, model: nn.Module) -> PeftReading | None:
+        """What an adapter of one of `peft_types`, or with one of `peft_fields`, holds for this method; None if nothing.
+
+        Raises:
+            RefusedError: a field changes the meaning in a way that this method does not have.
+        """
         return None
 
 

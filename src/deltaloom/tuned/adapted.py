@@ -6,7 +6,7 @@ A `Routing` that all wrappers of a tuned model share says which named deltas (la
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from deltaloom.architectures import NOT_BY_ROW
 from deltaloom.deltas.base import Delta, LowRankDelta
 from deltaloom.errors import RefusedError
 from deltaloom.kernels.low_rank import Affine, low_rank_linear
@@ -37,12 +38,15 @@ class Routing:
         """
         if not isinstance(self.lanes, tuple):
             return [(self.lanes, None)]
-        if len(self.lanes) != batch:
-            raise RefusedError("the lanes given row by row do not fit the batch", got=batch, legal=f"{len(self.lanes)} rows")
-        names = list(dict.fromkeys(self.lanes))
-        if len(names) == 1:
-            return [(names[0], None)]
-        return [(name, torch.tensor([i for i, lane in enumerate(self.lanes) if lane == name])) for name in names]
+        found = self.rows(self.lanes, batch)
+        return [(found[0][0], None)] if len(found) == 1 else list(found)
+
+    @staticmethod
+    def rows(lanes: tuple[str | None, ...], batch: int) -> list[tuple[str | None, Tensor]]:
+        """Each different lane of a batch with the indices of its rows; raises RefusedError if the numbers do not fit."""
+        if len(lanes) != batch:
+            raise RefusedError("the lanes given row by row do not fit the batch", got=batch, legal=f"{len(lanes)} rows")
+        return [(name, torch.tensor([i for i, lane in enumerate(lanes) if lane == name])) for name in dict.fromkeys(lanes)]
 
     @contextmanager
     def set(self, lanes: str | tuple[str | None, ...] | None) -> Iterator[None]:
@@ -52,6 +56,10 @@ class Routing:
             yield
         finally:
             self.lanes = before
+
+    def kept(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts for an activation checkpoint: its forward, and its running again with the lanes of now."""
+        return nullcontext(), self.set(self.lanes)
 
 
 class Tap:
@@ -132,19 +140,25 @@ class Adapted(nn.Module):
         taken = {key: tap.take() for key, tap in self.exits.items() if tap.value is not None}
         if self.merged is not None:
             return self.base(x, *args, **kwargs)
-        if not isinstance(self.routing.lanes, tuple):
-            return self._run(self.routing.lanes, x, taken, None, args, kwargs)
-        rows_in_batch = len(self.routing.lanes)
-        if x.shape[0] == 1 and rows_in_batch > 1:  # positions that all rows share
-            x = x.expand(rows_in_batch, *x.shape[1:])
-        result: Tensor | None = None
-        for lane, rows in self.routing.groups(x.shape[0]):
-            if rows is None:
-                return self._run(lane, x, taken, None, args, kwargs)
-            y = self._run(lane, x[rows], taken, rows, args, kwargs)
-            result = y.new_zeros((x.shape[0], *y.shape[1:])) if result is None else result
-            result = result.index_copy(0, rows, y)
-        return result
+        lanes = self.routing.lanes
+        if not isinstance(lanes, tuple):
+            return self._run(lanes, x, taken, None, args, kwargs)
+        here = tuple(lane if f"lane:{lane}" in self.lanes else None for lane in lanes)  # rows without a delta go together
+        if len(set(here)) == 1:
+            return self._run(here[0], x, taken, None, args, kwargs)
+        return self._run_by_rows(here, x, taken, args, kwargs)
+
+    def _run_by_rows(self, lanes: tuple[str | None, ...], x: Tensor, taken: dict[str, Tensor], args: tuple[Any, ...],
+                     kwargs: dict[str, Any]) -> Tensor:
+        shared = self.path.endswith(NOT_BY_ROW)
+        if shared or any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+            raise RefusedError("this layer does not work row by row, so that its rows cannot have different deltas",
+                               got=self.path, hint="Give all rows the same delta, or leave this layer out of the targets.")
+        if x.shape[0] == 1:  # positions that all rows share
+            x = x.expand(len(lanes), *x.shape[1:])
+        groups = [(lane, rows.to(x.device)) for lane, rows in Routing.rows(lanes, x.shape[0])]
+        parts = [self._run(lane, x[rows], taken, rows, args, kwargs) for lane, rows in groups]
+        return torch.cat(parts)[torch.cat([rows for _, rows in groups]).argsort()]
 
     def _run(self, lane: str | None, x: Tensor, taken: dict[str, Tensor], rows: Tensor | None, args: tuple[Any, ...],
              kwargs: dict[str, Any]) -> Any:
@@ -222,8 +236,10 @@ class DenseAffine:
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out), bias included."""
-        bias = self.layer.bias
-        return functional.linear(x, self._weight(x.dtype), None if bias is None else bias.to(x.dtype))
+        bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
+        if self.transposed:  # the operation of Conv1D itself, so that the bits are the same
+            return torch.addmm(bias, x.reshape(-1, x.shape[-1]), self.layer.weight.to(x.dtype)).view(*x.shape[:-1], self.d_out)
+        return functional.linear(x, self._weight(x.dtype), bias)
 
     def product_transposed(self, g: Tensor) -> Tensor:
         """g (..., d_out) -> (..., d_in)"""
@@ -250,7 +266,7 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a path."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path) if parent_path else model
-    setattr(parent, name, module)
+    setattr(parent.base if isinstance(parent, Adapted) else parent, name, module)
 
 
 def lanes_of(names: Sequence[str | None] | str | None) -> str | tuple[str | None, ...] | None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -55,17 +56,21 @@ class Tuned(nn.Module):
         self.shared = nn.ModuleDict()
         self.prompts = nn.ModuleDict()
         self.merged: str | None = None
-        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.training = model.training
+        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         model.requires_grad_(False)
 
     # ---- attaching ------------------------------------------------------------------------------------------------
 
     def add(self, name: str, methods: Sequence[Method], *, heads: Sequence[Method] = (), tokenizer: Any = None,
             seed: int = 0) -> None:
-        """Attach a further named delta. All sites are resolved and all deltas made before the model is touched.
+        """Attach a further named delta and use it. All sites are resolved and all deltas made before the model is touched.
+
+        A head whose layer one of the methods replaces already needs no second delta and gets none.
 
         Raises:
-            TargetError: a target matches nothing. RefusedError: the name is taken or not legal, or a method has no site.
+            TargetError: a target matches nothing. SettingsError: the name is not legal or there is no method.
+            RefusedError: the name is taken, or the methods contradict one another.
         """
         if not LANE_NAME.fullmatch(name):
             raise SettingsError("a delta's name has letters, digits, _ and - only", got=name)
@@ -74,16 +79,27 @@ class Tuned(nn.Module):
         if not methods and not heads:
             raise SettingsError("no method is given", hint="Name at least one, such as LoRA(rank=8).")
         with self.bare() as model:
-            context = AttachContext(model, tokenizer, torch.Generator().manual_seed(seed))
-            made = [Attached(method, method.attach(method.sites(model), context), method in heads)
-                    for method in [*methods, *heads]]
-        device = next(self.model.parameters()).device
+            fixed = frozenset(key for key, required in self._required_grad.items() if not required)
+            context = AttachContext(model, tokenizer, torch.Generator().manual_seed(seed),
+                                    fixed if len(fixed) < len(self._required_grad) else frozenset())
+            made = [Attached(method, method.attach(method.sites(model), context), False) for method in methods]
+            replaced = {path for path, _ in _replaced(made)}
+            for method in heads:
+                sites = [site for site in method.sites(model) if site.path not in replaced]
+                if sites:
+                    made.append(Attached(method, method.attach(sites, context), True))
+        _check_together(made)
+        device = self.device
         for attached in made:
             for _, module in attached.named_deltas():
-                module.to(device)
+                module.to(device).train(self.training)
         self.lanes[name] = made
-        for index, attached in enumerate(made):
-            self._install(name, index, attached)
+        try:
+            for index, attached in enumerate(made):
+                self._install(name, index, attached)
+        except BaseException:
+            self.remove(name)
+            raise
         self.routing.lanes = name
 
     def _install(self, lane: str, index: int, attached: Attached) -> None:
@@ -93,8 +109,6 @@ class Tuned(nn.Module):
             if isinstance(delta, PrefixDelta):
                 install_prefix(self.model, lane, site, delta, self.routing)
             elif isinstance(delta, InputDelta):
-                if lane in self.prompts:
-                    raise RefusedError("one delta can hold one prompt only", got=lane)
                 self.prompts[lane] = delta
             else:
                 wrapper = self._wrapper(site.path)
@@ -107,7 +121,7 @@ class Tuned(nn.Module):
     def _wrapper(self, path: str) -> Adapted:
         module = self.model.get_submodule(path)
         if not isinstance(module, Adapted):
-            module = Adapted(module, path, self.routing)
+            module = Adapted(module, path, self.routing).train(module.training)
             replace_module(self.model, path, module)
         return module
 
@@ -140,7 +154,9 @@ class Tuned(nn.Module):
         if name in self.prompts:
             del self.prompts[name]
         del self.lanes[name]
-        self.routing.lanes = next(iter(self.lanes), None)
+        lanes = self.routing.lanes
+        if name in (lanes if isinstance(lanes, tuple) else (lanes,)):
+            self.routing.lanes = next(iter(self.lanes), None)
 
     def detach(self) -> nn.Module:
         """Take everything off; gives back the model bit for bit as it was, trainable as it was."""
@@ -224,8 +240,28 @@ class Tuned(nn.Module):
         stack.callback(setattr, self.routing, "lanes", before)
         return stack  # type: ignore[return-value]
 
+    def in_use(self) -> list[str]:
+        """The lanes that act on the next call, each once."""
+        lanes = self.routing.lanes
+        return [lane for lane in dict.fromkeys(lanes if isinstance(lanes, tuple) else (lanes,)) if lane is not None]
+
+    def checkpoint_activations(self) -> None:
+        """Keep only each block's input for backward and run the block again there: less memory, a third more time.
+
+        A block runs again with the lanes of its forward call, even if `use` has switched them since.
+        """
+        options = {"use_reentrant": False, "context_fn": self.routing.kept}
+        self.model.activation_checkpointing_enable(options)  # type: ignore[operator]
+        self.model.disable_input_require_grads()  # type: ignore[operator]  # only reentrance needs them; they cost time
+
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        """The model's own output. With a prompt, its rows are put in front and taken off the logits again."""
+        """The model's own output. With a prompt, its rows are put in front and taken off the logits again.
+
+        Raises:
+            RefusedError: a training step with reentrant activation checkpointing, which loses gradients.
+        """
+        if self.training and torch.is_grad_enabled():
+            _refuse_reentrant(self.model)
         if not self._prompting():
             return self.model(*args, **inputs)
         prepared, length = self.prepared(inputs)
@@ -239,8 +275,7 @@ class Tuned(nn.Module):
         return insert_prompt(self.model, inputs, prompts, self.routing)
 
     def _prompting(self) -> bool:
-        lanes = self.routing.lanes
-        return any(lane in self.prompts for lane in (lanes if isinstance(lanes, tuple) else (lanes,)) if lane is not None)
+        return any(lane in self.prompts for lane in self.in_use())
 
     def hidden(self, **inputs: Any) -> tuple[Tensor, nn.Module]:
         """(last hidden states (batch, time, d_model) without the prompt's rows, language-model head) of a causal model."""
@@ -252,8 +287,9 @@ class Tuned(nn.Module):
         return output.last_hidden_state[:, length:], head
 
     def penalty(self) -> Tensor:
-        """The sum of the current lane's penalties, a scalar; exactly 0 when no delta has one."""
-        found = [delta.penalty() for _, delta in self.pairs() if type(delta).penalty is not Delta.penalty]
+        """The sum of the penalties of the lanes in use, a scalar; exactly 0 when no delta has one."""
+        pairs = [pair for lane in self.in_use() for pair in self.pairs(lane)]
+        found = [delta.penalty() for _, delta in pairs if type(delta).penalty is not Delta.penalty]
         terms = [term for term in found if term is not None]
         return torch.stack(terms).sum() if terms else torch.zeros((), device=self.device)
 
@@ -293,6 +329,32 @@ class Tuned(nn.Module):
             raise SettingsError("no delta of that name is attached", got=name, legal=self.lanes,
                                 hint=did_you_mean(name, self.lanes))
         return name
+
+
+def _replaced(made: Sequence[Attached]) -> list[tuple[str, str]]:
+    """(path of the layer, tensor) of everything that the deltas replace."""
+    return [(site.path, key) for attached in made for site, delta in attached.attachment.deltas.items()
+            for key in delta.override()]
+
+
+def _check_together(made: Sequence[Attached]) -> None:
+    """Refuse methods of one lane that contradict one another."""
+    twice = sorted(f"{path}.{key}" for (path, key), count in Counter(_replaced(made)).items() if count > 1)
+    if twice:
+        raise RefusedError("two methods replace the same tensors, so that one of them would have no effect",
+                           hint="Exclude these layers from the targets of one of them.", problems=twice)
+    prompts = [a.method.name for a in made for delta in a.attachment.deltas.values() if isinstance(delta, InputDelta)]
+    if len(prompts) > 1:
+        raise RefusedError("one delta can hold one prompt only", got=", ".join(prompts))
+
+
+def _refuse_reentrant(model: nn.Module) -> None:
+    for module in model.modules():
+        if module.__dict__.get("gradient_checkpointing"):
+            if module._gradient_checkpointing_func.keywords.get("use_reentrant") is False:  # type: ignore[union-attr, operator]
+                return
+            raise RefusedError("reentrant activation checkpointing loses the gradients of deltas in a frozen model",
+                               hint="Call `tuned.checkpoint_activations()` instead.")
 
 
 def attach(model: nn.Module, methods: Sequence[Method], name: str = "default", *, heads: Sequence[Method] = (),
