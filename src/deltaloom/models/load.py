@@ -163,7 +163,7 @@ def _review(model: PreTrainedModel, info: dict[str, Any], where: Source, task: s
     wrong = [name for name in new if not _may_be_new(name, prefix, task)]
     parts = tuple(f"{name}." for name, _ in model.base_model.named_children() if name != "pooler")
     unexpected = sorted(info["unexpected_keys"])
-    stray = [name for name in unexpected if prefix and name.removeprefix(prefix).startswith(parts)]
+    stray = [name for name in unexpected if name.removeprefix(prefix).startswith(parts)]
     problems = ([f"the model needs '{name}', which the checkpoint lacks or has in another shape" for name in wrong[:8]]
                 + [f"the checkpoint has '{name}', the model has no place for it" for name in stray[:8]]
                 + list(info["error_msgs"]))
@@ -214,6 +214,9 @@ def translated(where: Source, task: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise RefusedError(f"{where.name} needs code of its own to load, and deltaloom runs none",
                                hint="Use an architecture that transformers has.") from error
+        if first.startswith("Unrecognized configuration class"):
+            raise CheckpointError(f"transformers has no {task} model of the architecture of {where.name}",
+                                  hint="Choose a task that the architecture has, or another model.") from error
         raise CheckpointError(f"{where.name} cannot be loaded for {task}", got=first,
                               hint="Is this task one that the architecture has?") from error
 
@@ -224,7 +227,8 @@ def _unavailable(where: Source, error: Exception) -> CheckpointError:
     looked = f"Looked in {constants.HF_HUB_CACHE}"
     wanted = f"{where.hub_id}" + (f" at revision {where.revision}" if where.revision else "")
     if constants.HF_HUB_OFFLINE or "offline" in str(error).lower() or "cached files" in str(error):
-        hint = f"{looked}; connect and unset HF_HUB_OFFLINE to download it, or give a folder or bundled:NAME."
+        online = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "connect to the network"
+        hint = f"{looked}; {online} to download it, or give a folder or bundled:NAME."
     else:
         hint = f"{looked} and on the hub; check the name, and HF_TOKEN if the model is gated or private."
     return CheckpointError(f"model {wanted} cannot be had, and there is no folder of that name", got=_first_lines(error),
