@@ -114,6 +114,7 @@ class AttachContext:
     tokenizer: Any = None
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     fixed: frozenset[str] = frozenset()  # names of parameters that the model itself does not train, such as position tables
+    loading: bool = False                # saved values replace the initial ones right after: none from weights or text are needed
 
     def layer(self, site: Site) -> nn.Module:
         """The frozen layer at a site."""
@@ -124,6 +125,12 @@ class AttachContext:
         layer = self.layer(site)
         weight = affine_weight(layer).detach().float()
         return weight[slice(*site.part)] if site.part else weight
+
+
+def master_copy(tensor: Tensor) -> nn.Parameter:
+    """A trainable copy of a frozen tensor, in float32 at least: small updates would be lost in 16 bits."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return nn.Parameter(tensor.detach().to(dtype, copy=True))
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from deltaloom.sites import Site, output_layer
 from deltaloom.tuned.adapted import Adapted, Routing, Tap, lanes_of, replace_module, wrappers
 from deltaloom.tuned.prefixes import install_prefix, uninstall_prefix
 from deltaloom.tuned.prompts import insert_prompt, strip_prompt
+from deltaloom.tuned.saved import SavedDelta, SavedMethod, attach_saved, misfits
 
 LANE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -72,22 +73,49 @@ class Tuned(nn.Module):
             TargetError: a target matches nothing. SettingsError: the name is not legal or there is no method.
             RefusedError: the name is taken, or the methods contradict one another.
         """
-        if not LANE_NAME.fullmatch(name):
-            raise SettingsError("a delta's name has letters, digits, _ and - only", got=name)
-        if name in self.lanes:
-            raise RefusedError("a delta of that name is attached already", got=name, hint="Choose another or remove it first.")
+        self._check_new(name)
         if not methods and not heads:
             raise SettingsError("no method is given", hint="Name at least one, such as LoRA(rank=8).")
         with self.bare() as model:
-            fixed = frozenset(key for key, required in self._required_grad.items() if not required)
-            context = AttachContext(model, tokenizer, torch.Generator().manual_seed(seed),
-                                    fixed if len(fixed) < len(self._required_grad) else frozenset())
+            context = AttachContext(model, tokenizer, torch.Generator().manual_seed(seed), self._fixed())
             made = [Attached(method, method.attach(method.sites(model), context), False) for method in methods]
             replaced = {path for path, _ in _replaced(made)}
             for method in heads:
                 sites = [site for site in method.sites(model) if site.path not in replaced]
                 if sites:
                     made.append(Attached(method, method.attach(sites, context), True))
+        self._take_in(name, made)
+
+    def add_saved(self, name: str, saved: SavedDelta) -> None:
+        """Attach a saved delta under a name and use it.
+
+        Raises:
+            CheckpointError: sites or tensors that do not fit this model; nothing has been changed.
+        """
+        self._check_new(name)
+        with self.bare() as model:
+            context = AttachContext(model, fixed=self._fixed(), loading=True)
+            made = [Attached(part.method, attach_saved(part, context, saved.state, index), part.is_head)
+                    for index, part in enumerate(saved.methods)]
+        problems = misfits(_state_of(made), saved.state)
+        if problems:
+            raise CheckpointError("the saved delta does not fit this model", problems=problems[:20])
+        self._take_in(name, made)
+        self.load_delta_state(saved.state, name)
+
+    def _check_new(self, name: str) -> None:
+        if not LANE_NAME.fullmatch(name):
+            raise SettingsError("a delta's name has letters, digits, _ and - only", got=name)
+        if name in self.lanes:
+            raise RefusedError("a delta of that name is attached already", got=name, hint="Choose another or remove it first.")
+        if self.merged is not None:
+            raise RefusedError("a delta is merged into the weights", got=self.merged, hint="Call `tuned.unmerge()` first.")
+
+    def _fixed(self) -> frozenset[str]:
+        fixed = frozenset(key for key, required in self._required_grad.items() if not required)
+        return fixed if len(fixed) < len(self._required_grad) else frozenset()
+
+    def _take_in(self, name: str, made: list[Attached]) -> None:
         _check_together(made)
         device = self.device
         for attached in made:
@@ -221,8 +249,10 @@ class Tuned(nn.Module):
         """Sites of a lane whose layer has not been called since it was attached: their deltas have no effect."""
         lane = name or self.name
         ran = {wrapper.path for wrapper in wrappers(self.model) if lane in wrapper.ran}
-        return [site.name for site, delta in self.pairs(lane)
-                if not isinstance(delta, PrefixDelta | InputDelta) and site.path not in ran]
+        pairs = [pair for pair in self.pairs(lane) if not isinstance(pair[1], PrefixDelta | InputDelta)]
+        live = {id(p) for site, delta in pairs if site.path in ran for p in delta.parameters()}  # also through a tied layer
+        return [site.name for site, delta in pairs
+                if site.path not in ran and any(id(p) not in live for p in delta.parameters())]
 
     # ---- running --------------------------------------------------------------------------------------------------
 
@@ -234,6 +264,9 @@ class Tuned(nn.Module):
         for lane in [lanes] if lanes is None or isinstance(lanes, str) else lanes:
             if lane is not None:
                 self._known(lane)
+            if self.merged is not None and lane != self.merged:
+                raise RefusedError("a delta is merged into the weights, so that no other can be used, nor the bare model",
+                                   got=self.merged, hint="Call `tuned.unmerge()` first.")
         before = self.routing.lanes
         self.routing.lanes = lanes_of(lanes)
         stack = ExitStack()
@@ -302,22 +335,22 @@ class Tuned(nn.Module):
 
     def delta_state(self, name: str | None = None) -> dict[str, Tensor]:
         """A lane's tensors by `method index:site:name`; detached, not copied."""
-        return {f"{index}:{place}:{key}": tensor.detach()
-                for index, attached in enumerate(self.attached(name))
-                for place, module in attached.named_deltas()
-                for key, tensor in module.state_dict().items()}
+        return _state_of(self.attached(name))
 
-    def load_delta_state(self, state: dict[str, Tensor], name: str | None = None) -> None:
+    def saved(self, name: str | None = None) -> SavedDelta:
+        """A lane as it is saved: its methods with the names of their sites, and its tensors, detached and not copied."""
+        parts = [SavedMethod(attached.method, tuple(site.name for site in attached.attachment.deltas), attached.is_head)
+                 for attached in self.attached(name)]
+        return SavedDelta(tuple(parts), self.delta_state(name))
+
+    def load_delta_state(self, state: Mapping[str, Tensor], name: str | None = None) -> None:
         """Take back what `delta_state` gave; nothing is changed unless every name and shape fits.
 
         Raises:
             CheckpointError: missing, unexpected or differently shaped tensors, all of them listed.
         """
         own = self.delta_state(name)
-        problems = [f"missing: {key} {tuple(own[key].shape)}" for key in own if key not in state]
-        problems += [f"unexpected: {key} {tuple(state[key].shape)}" for key in state if key not in own]
-        problems += [f"shape of {key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} here"
-                     for key in own if key in state and own[key].shape != state[key].shape]
+        problems = misfits(own, state)
         if problems:
             raise CheckpointError("the saved delta does not fit the attached one", problems=problems[:20])
         with torch.no_grad():
@@ -329,6 +362,11 @@ class Tuned(nn.Module):
             raise SettingsError("no delta of that name is attached", got=name, legal=self.lanes,
                                 hint=did_you_mean(name, self.lanes))
         return name
+
+
+def _state_of(made: Sequence[Attached]) -> dict[str, Tensor]:
+    return {f"{index}:{place}:{key}": tensor.detach() for index, attached in enumerate(made)
+            for place, module in attached.named_deltas() for key, tensor in module.state_dict().items()}
 
 
 def _replaced(made: Sequence[Attached]) -> list[tuple[str, str]]:
@@ -367,12 +405,33 @@ def attach(model: nn.Module, methods: Sequence[Method], name: str = "default", *
     Raises:
         TargetError, SettingsError, RefusedError: nothing has been changed.
     """
-    required = {name: p.requires_grad for name, p in model.named_parameters()}
-    tuned = Tuned(model)
-    try:
+    with _undone_on_error(model):
+        tuned = Tuned(model)
         tuned.add(name, methods, heads=heads, tokenizer=tokenizer, seed=seed)
-    except BaseException:
-        for key, parameter in model.named_parameters():
-            parameter.requires_grad_(required[key])
-        raise
     return tuned
+
+
+def restore(model: nn.Module, saved: SavedDelta, name: str = "default") -> Tuned:
+    """A tuned model with a saved delta. If `model` is one already, the delta becomes a further one of it, and is used.
+
+    Raises:
+        CheckpointError: the delta does not fit the model; nothing has been changed.
+    """
+    if isinstance(model, Tuned):
+        model.add_saved(name, saved)
+        return model
+    with _undone_on_error(model):
+        tuned = Tuned(model)
+        tuned.add_saved(name, saved)
+    return tuned
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[None]:
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
+        raise
