@@ -1,0 +1,68 @@
+"""Small things that methods need to read PEFT's files: modules by path, fields that must be neutral, names by their end.
+
+Not a method: files whose names begin with _ are no entries of the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltaloom.deltas.base import Method
+from deltaloom.errors import CheckpointError, RefusedError, TargetError
+from deltaloom.sites import Site, all_sites
+
+# Fields of every PEFT configuration that describe, or choose modules (what they chose is in the tensors' names).
+PEFT_COMMON = frozenset({"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
+                         "inference_mode", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform",
+                         "layers_pattern", "runtime_config"})
+
+
+def refuse_fields(config: Mapping[str, Any], read: Iterable[str], neutral: Mapping[str, tuple[Any, ...]] | None = None) -> None:
+    """Refuse fields that are not among those read and whose value is not a neutral one.
+
+    Raises:
+        RefusedError: all of them by name.
+    """
+    known = set(read)
+    odd = [f"{key} = {str(value)[:80]}" for key, value in config.items()
+           if key not in known and value not in (None, False, "", [], {}, *(neutral or {}).get(key, ()))]
+    if odd:
+        raise RefusedError("fields of this PEFT adapter change its meaning and are not supported", problems=odd,
+                           hint="Merge it with PEFT, or convert it there to a plain adapter.")
+
+
+def whole_sites(model: nn.Module, cls: type[Method], paths: Iterable[str]) -> dict[str, Site]:
+    """The sites of a method's kinds at module paths.
+
+    Raises:
+        CheckpointError: paths that the model does not have, all of them.
+    """
+    known = {site.path: site for site in all_sites(model) if site.kind in cls.kinds and site.part is None}
+    missing = [path for path in paths if path not in known]
+    if missing:
+        raise CheckpointError(f"{len(missing)} modules of the adapter cannot carry '{cls.name}' in this model",
+                              problems=missing[:20],
+                              hint="It belongs to another base, or was made for another task's model class.")
+    return {path: known[path] for path in paths}
+
+
+def peft_targets(config: Mapping[str, Any], cls: type[Method], model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
+    """The adapter's own target names where they name exactly these modules here, else the whole paths."""
+    whole = tuple(paths)
+    names = config.get("target_modules")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        return whole
+    targets = tuple(sorted(names))
+    try:
+        found = cls(targets=targets).sites(model)
+    except TargetError:
+        return whole
+    return targets if {site.name for site in found} == set(whole) else whole
+
+
+def by_suffix(tensors: Mapping[str, Tensor], *suffixes: str) -> dict[str, Tensor]:
+    """The tensors whose names end with one of the suffixes, by what stands before it."""
+    return {name.removesuffix(suffix): tensor for suffix in suffixes for name, tensor in tensors.items() if name.endswith(suffix)}
