@@ -12,7 +12,9 @@ from deltaloom import events
 STEPS = 120
 
 
-def classification_run(folder: Path, *, rate: float = 1e-3, rank: int = 8, seed: int = 0, steps: int = STEPS, finished: bool = True) -> Path:
+def classification_run(
+    folder: Path, *, rate: float = 1e-3, rank: int = 8, seed: int = 0, steps: int = STEPS, finished: bool = True
+) -> Path:
     folder.mkdir(parents=True)
     sink = events.JsonLines(folder / "events.jsonl")
     for event in run_events(rate=rate, rank=rank, seed=seed, steps=steps, finished=finished):
@@ -27,49 +29,106 @@ def classification_run(folder: Path, *, rate: float = 1e-3, rank: int = 8, seed:
 
 def run_file(rate: float, rank: int, name: str) -> dict:
     return {
-        "model": "bundled:minilm", "task": "sequence-classification",
+        "model": "bundled:minilm",
+        "task": "sequence-classification",
         "data": {"train": "train.jsonl", "eval": "dev.jsonl", "format": "auto", "max_length": 128},
         "deltas": [{"method": "lora", "rank": rank, "alpha": 16, "targets": ["query", "value"]}],
         "train": {"epochs": 2, "optimizer": "adamw", "batch_size": 16, "learning_rate": rate, "schedule": "linear"},
-        "seed": 0, "output": f"runs/{name}",
-        "origins": {"model": "file", "task": "file", "data.train": "file", "data.eval": "file", "data.format": "default",
-                    "data.max_length": "default", "deltas": "file", "train.learning_rate": "flag", "train.epochs": "file",
-                    "train.batch_size": "default", "seed": "default", "output": "file"},
+        "seed": 0,
+        "output": f"runs/{name}",
+        "origins": {
+            "model": "file",
+            "task": "file",
+            "data.train": "file",
+            "data.eval": "file",
+            "data.format": "default",
+            "data.max_length": "default",
+            "deltas": "file",
+            "train.learning_rate": "flag",
+            "train.epochs": "file",
+            "train.batch_size": "default",
+            "seed": "default",
+            "output": "file",
+        },
     }
 
 
 def metrics(rate: float = 1e-3, rank: int = 8) -> dict:
     gain = 0.33 if rate < 5e-3 else 0.21
     return {
-        "run": "sst2", "task": "sequence-classification", "model": "bundled:minilm",
+        "run": "sst2",
+        "task": "sequence-classification",
+        "model": "bundled:minilm",
         "methods": [{"method": "lora", "rank": rank, "alpha": 16, "targets": ["query", "value"]}],
         "metrics": {"accuracy": 0.5092 + gain, "macro_f1": 0.5 + gain, "loss": 0.4012},
         "base_metrics": {"accuracy": 0.5092, "macro_f1": 0.3374, "loss": 0.7114},
-        "trainable_parameters": 73728 * rank // 8, "final_parameters": 73728 * rank // 8, "head_parameters": 770,
-        "total_parameters": 22713986, "delta_bytes": 302112 * rank // 8, "flops_per_token": 8.58e7, "seconds": 74.21, "tokens": 214310,
-        "tokens_per_second": 2887.9, "peak_memory_bytes": 412876800, "primary": {"name": "accuracy", "higher_is_better": True},
-        "majority": {"accuracy": 0.5092, "macro_f1": 0.3374}, "intervals": {"accuracy": [0.8131, 0.8651]},
-        "per_class": [{"label": "negative", "precision": 0.83, "recall": 0.85, "f1": 0.8399, "support": 428, "interval": [0.81, 0.87]},
-                      {"label": "positive", "precision": 0.852, "recall": 0.828, "f1": 0.8398, "support": 444}],
+        "trainable_parameters": 73728 * rank // 8,
+        "final_parameters": 73728 * rank // 8,
+        "head_parameters": 770,
+        "total_parameters": 22713986,
+        "delta_bytes": 302112 * rank // 8,
+        "flops_per_token": 8.58e7,
+        "seconds": 74.21,
+        "tokens": 214310,
+        "tokens_per_second": 2887.9,
+        "peak_memory_bytes": 412876800,
+        "primary": {"name": "accuracy", "higher_is_better": True},
+        "majority": {"accuracy": 0.5092, "macro_f1": 0.3374},
+        "intervals": {"accuracy": [0.8131, 0.8651]},
+        "per_class": [
+            {"label": "negative", "precision": 0.83, "recall": 0.85, "f1": 0.8399, "support": 428, "interval": [0.81, 0.87]},
+            {"label": "positive", "precision": 0.852, "recall": 0.828, "f1": 0.8398, "support": 444},
+        ],
         "warnings": [],
     }
 
 
-ENVIRONMENT = {"python": "3.11.2", "platform": "Linux x86_64", "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
-               "cpu": {"cores": 2, "name": "A processor"}, "hf_token": "hf_abcdefghijklmnopqrstuvwx"}
+ENVIRONMENT = {
+    "python": "3.11.2",
+    "platform": "Linux x86_64",
+    "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "cpu": {"cores": 2, "name": "A processor"},
+    "hf_token": "hf_abcdefghijklmnopqrstuvwx",
+}
 
 
-def run_events(*, rate: float = 1e-3, rank: int = 8, seed: int = 0, steps: int = STEPS, finished: bool = True) -> list[events.Event]:
+def run_events(
+    *, rate: float = 1e-3, rank: int = 8, seed: int = 0, steps: int = STEPS, finished: bool = True
+) -> list[events.Event]:
     """One of every kind at least."""
     chance = random.Random(seed)
     happened: list[events.Event] = [
-        events.DataRead(facts={
-            "rows": 3420, "eval_rows": 872, "format": "text-label", "labels": {"positive": 1804, "negative": 1616},
-            "lengths": {"median": 23, "p95": 54, "longest": 131}, "truncated_rows": 3, "truncated_tokens": 17, "duplicates": 12, "overlap": 1,
-            "first_rows": ["a gripping, quietly devastating film -> positive", "long, dull and far too pleased with itself -> negative"]}),
-        events.Attached(table=[{"method": "lora", "target": ["query", "value"], "sites": 12, "parameters": 73728,
-                                "examples": ["encoder.layer.0.attention.self.query", "encoder.layer.0.attention.self.value"]}],
-                        delta_parameters=73728, head_parameters=770, total_parameters=22713986),
+        events.DataRead(
+            facts={
+                "rows": 3420,
+                "eval_rows": 872,
+                "format": "text-label",
+                "labels": {"positive": 1804, "negative": 1616},
+                "lengths": {"median": 23, "p95": 54, "longest": 131},
+                "truncated_rows": 3,
+                "truncated_tokens": 17,
+                "duplicates": 12,
+                "overlap": 1,
+                "first_rows": [
+                    "a gripping, quietly devastating film -> positive",
+                    "long, dull and far too pleased with itself -> negative",
+                ],
+            }
+        ),
+        events.Attached(
+            table=[
+                {
+                    "method": "lora",
+                    "target": ["query", "value"],
+                    "sites": 12,
+                    "parameters": 73728,
+                    "examples": ["encoder.layer.0.attention.self.query", "encoder.layer.0.attention.self.value"],
+                }
+            ],
+            delta_parameters=73728,
+            head_parameters=770,
+            total_parameters=22713986,
+        ),
         events.Started(step=0, total_steps=steps, trainable_parameters=74498, total_parameters=22713986),
         events.Warned(kind="truncated", message="3 rows were longer than data.max_length=128 and were cut at the end", count=3),
         events.Warned(kind="duplicate", message="12 training rows occur twice", count=12),
@@ -77,22 +136,58 @@ def run_events(*, rate: float = 1e-3, rank: int = 8, seed: int = 0, steps: int =
     names = [f"encoder.layer.{layer}.attention.self.{part}" for layer in range(6) for part in ("query", "value")]
     for step in range(1, steps + 1):
         progress = step / steps
-        happened.append(events.Step(
-            step=step, epoch=2 * progress, loss=0.36 + 0.36 * math.exp(-6 * progress) + chance.gauss(0, 0.05), penalty=0.0,
-            learning_rate=rate * (1 - progress), gradient_norm=1 + chance.random(), tokens=1785 + chance.randrange(200),
-            padding=0.04 + 0.03 * chance.random(), seconds=0.6 + 0.05 * chance.random(), memory_bytes=900_000_000 + 1_000_000 * step,
-            floor_share=0.61 + 0.02 * chance.random()))
+        happened.append(
+            events.Step(
+                step=step,
+                epoch=2 * progress,
+                loss=0.36 + 0.36 * math.exp(-6 * progress) + chance.gauss(0, 0.05),
+                penalty=0.0,
+                learning_rate=rate * (1 - progress),
+                gradient_norm=1 + chance.random(),
+                tokens=1785 + chance.randrange(200),
+                padding=0.04 + 0.03 * chance.random(),
+                seconds=0.6 + 0.05 * chance.random(),
+                memory_bytes=900_000_000 + 1_000_000 * step,
+                floor_share=0.61 + 0.02 * chance.random(),
+            )
+        )
         if step % max(1, steps // 6) == 0:
-            happened.append(events.Evaluated(step=step, best=step == steps, metrics={
-                "accuracy": 0.51 + 0.33 * (1 - math.exp(-4 * progress)), "loss": 0.4 + 0.31 * math.exp(-5 * progress)}))
-            happened.append(events.RankChanged(step=step, ranks={
-                name: max(1, round(rank * (1 - 0.6 * progress * ((index * 7) % 12) / 12))) for index, name in enumerate(names)}))
-    happened.append(events.Acted(step=steps - 1, action="early stop considered", reason="accuracy has not risen for 2 evaluations"))
+            happened.append(
+                events.Evaluated(
+                    step=step,
+                    best=step == steps,
+                    metrics={
+                        "accuracy": 0.51 + 0.33 * (1 - math.exp(-4 * progress)),
+                        "loss": 0.4 + 0.31 * math.exp(-5 * progress),
+                    },
+                )
+            )
+            happened.append(
+                events.RankChanged(
+                    step=step,
+                    ranks={
+                        name: max(1, round(rank * (1 - 0.6 * progress * ((index * 7) % 12) / 12)))
+                        for index, name in enumerate(names)
+                    },
+                )
+            )
+    happened.append(
+        events.Acted(step=steps - 1, action="early stop considered", reason="accuracy has not risen for 2 evaluations")
+    )
     happened.append(events.Saved(step=steps, path="/home/someone/secret-place/runs/sst2/checkpoints/step-120", bytes=302112))
     if finished:
         happened += [
-            events.Sampled(row=3, input="it 's slow -- very , very slow .", reference="negative", before="positive", after="negative"),
-            events.Sampled(row=17, input="although laced with humor and a few fanciful touches , the film is a refreshingly serious look "
-                           "at young women .", reference="positive", before="positive", after="positive"),
-            events.Finished(step=steps, reason="completed", seconds=74.21, tokens=214310)]
+            events.Sampled(
+                row=3, input="it 's slow -- very , very slow .", reference="negative", before="positive", after="negative"
+            ),
+            events.Sampled(
+                row=17,
+                input="although laced with humor and a few fanciful touches , the film is a refreshingly serious look "
+                "at young women .",
+                reference="positive",
+                before="positive",
+                after="positive",
+            ),
+            events.Finished(step=steps, reason="completed", seconds=74.21, tokens=214310),
+        ]
     return happened

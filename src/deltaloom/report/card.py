@@ -44,8 +44,9 @@ def base_model(model: str) -> str:
 def _header(facts: RunFacts) -> str:
     header: dict[str, object] = {"library_name": "deltaloom"}
     if facts.model:
-        header["base_model"] = base_model(facts.model).partition("@")[0]
-    header["tags"] = ["delta-tuning", *dict.fromkeys([*facts.methods, *([facts.task] if facts.task else [])])]
+        header["base_model"] = text.one_line(base_model(facts.model).partition("@")[0])
+    words = ["delta-tuning", *facts.methods, *([facts.task] if facts.task else [])]
+    header["tags"] = [text.one_line(word, 100) for word in dict.fromkeys(words)]
     return "---\n" + yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=1000) + "---"
 
 

@@ -112,7 +112,7 @@ def heatmap(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequen
             column_label: str = "step") -> str:
     """Cells from pale (the lowest, at most 0) to full colour (the highest); None leaves a cell empty. Wide cells show numbers."""
     known = [value for row in values for value in row if value is not None]
-    low, high = min([0.0, *known]), max([0.0, *known])
+    strength = scale(known, 0.0, 1.0, zero=True)
     left = _label_width(rows)
     width = (_WIDE - left - 8) / max(1, len(columns))
     size = 22.0 if len(rows) <= 16 else 14.0 if len(rows) <= 60 else 9.0
@@ -123,8 +123,7 @@ def heatmap(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequen
             parts.append(element("text", text=shortened(name, 30), x=left - 8, y=top + size / 2 + 4, text_anchor="end"))
         for column, value in enumerate(row):
             if value is not None:
-                strength = (value - low) / (high - low) if high > low else 0.0
-                parts.append(_cell(f"{name}, {column_label} {columns[column]}: {figure(value)}", value, strength,
+                parts.append(_cell(f"{name}, {column_label} {columns[column]}: {figure(value)}", value, strength(value),
                                    (left + width * column, top, width, size)))
     bottom = size * len(rows) + 20
     for column in range(0, len(columns), max(1, -(-len(columns) // 8))):

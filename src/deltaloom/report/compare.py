@@ -106,7 +106,7 @@ def compare(runs: Sequence[RunFacts], names: Sequence[str]) -> Comparison:
 def run_names(folders: Sequence[Path]) -> list[str]:
     """A short name for each folder that tells them apart: the folder's own, with parents or a number where two agree."""
     parts = [[text.printable(part) for part in folder.resolve().parts if part != folder.anchor] for folder in folders]
-    for depth in range(1, max(map(len, parts), default=0) + 1):
+    for depth in range(1, max(1, *map(len, parts)) + 1):
         names = ["/".join(own[-depth:]) or "/" for own in parts]
         if len(set(names)) == len(names):
             return names
