@@ -1,0 +1,156 @@
+"""Batches: which examples make an optimizer step, how a step is cut into micro-batches, and padded tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from deltaloom.data.encode import IGNORED, Example
+from deltaloom.errors import SettingsError
+
+GROUP = 50  # steps whose examples are sorted by length together: little padding, and still a random mixture
+WASTE = 0.2  # share of padding from which a micro-batch is cut in two
+LEAST = 256  # real tokens a micro-batch should keep when it is cut: smaller products waste the processor
+Kind = Literal["causal", "seq2seq", "class", "number", "tags"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch, padded on the right.
+
+    `inputs` are keyword arguments of the model, `labels` is (batch, time) or (batch,), None if a row has no target;
+    `lengths` (batch,) are real tokens a row, `tokens` their sum, `padded_tokens` the size with padding.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor | None
+    examples: tuple[Example, ...]
+    lengths: Tensor
+    padded_tokens: int
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows' numbers, in the order of the batch."""
+        return [example.row for example in self.examples]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(example.length for example in self.examples)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return replace(self, inputs=inputs, labels=labels, lengths=self.lengths.to(device, non_blocking=True))
+
+
+def plan_steps(lengths: Sequence[int], *, batch_size: int | None = None, batch_tokens: int | None = None, seed: int = 0,
+               epoch: int = 0, micro_tokens: int = 2048) -> list[list[list[int]]]:
+    """One epoch: for each optimizer step its micro-batches, as indices of examples; every example occurs once.
+
+    A step holds `batch_size` examples, or as many as have at most `batch_tokens` real tokens (the last steps may be smaller).
+    Examples are shuffled by seed and epoch alone, sorted by length within groups of 50 steps, cut into steps, and the steps
+    are shuffled. A micro-batch has at most `micro_tokens` tokens with padding, unless one example is longer.
+    """
+    if (batch_size is None) == (batch_tokens is None):
+        raise SettingsError("give one of batch_size and batch_tokens", got=f"{batch_size} and {batch_tokens}")
+    size = batch_size if batch_size is not None else batch_tokens
+    if size is None or size < 1 or micro_tokens < 1:
+        raise SettingsError("batch_size, batch_tokens and micro_tokens must be at least 1", got=[size, micro_tokens])
+    costs = [1] * len(lengths) if batch_size is not None else list(lengths)
+    generator = random.Random(f"order {seed} {epoch}")  # a text: the same on every machine and in every process
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    steps = []
+    for group in _filled(order, costs, size * GROUP):
+        group.sort(key=lambda index: lengths[index])  # stable: ties stay shuffled
+        steps += _filled(group, costs, size)
+    generator.shuffle(steps)
+    return [micro_batches(step, lengths, micro_tokens) for step in steps]
+
+
+def _filled(order: Sequence[int], costs: Sequence[int], most: int) -> list[list[int]]:
+    """Consecutive parts whose costs sum to at most `most` (an example that alone costs more is a part of its own)."""
+    parts: list[list[int]] = []
+    room = 0
+    for index in order:
+        if not parts or costs[index] > room:
+            parts.append([])
+            room = most
+        parts[-1].append(index)
+        room -= costs[index]
+    return parts
+
+
+def micro_batches(indices: Sequence[int], lengths: Sequence[int], micro_tokens: int = 2048) -> list[list[int]]:
+    """The examples in parts of similar length, longest first: within `micro_tokens`, and with little padding where that pays."""
+    ordered = sorted(indices, key=lambda index: -lengths[index])
+    parts = []
+    while ordered:
+        count = max(1, micro_tokens // max(1, lengths[ordered[0]]))
+        parts += _cut(ordered[:count], lengths)
+        ordered = ordered[count:]
+    return parts
+
+
+def _cut(part: list[int], lengths: Sequence[int]) -> list[list[int]]:
+    """The part, cut where the sum of padding becomes least, as long as it wastes much and the halves stay large enough."""
+    real = sum(lengths[index] for index in part)
+    padded = lengths[part[0]] * len(part)
+    if padded - real <= WASTE * padded or real < 2 * LEAST:
+        return [part]
+    best, place, before = padded, 0, 0
+    for count in range(1, len(part)):
+        before += lengths[part[count - 1]]
+        if before < LEAST or real - before < LEAST:
+            continue
+        size = lengths[part[0]] * count + lengths[part[count]] * (len(part) - count)
+        if size < best:
+            best, place = size, count
+    return [*_cut(part[:place], lengths), *_cut(part[place:], lengths)] if place else [part]
+
+
+def collate(examples: Sequence[Example], pad_id: int, kind: Kind, decoder_start: int | None = None) -> Batch:
+    """Examples as tensors, padded on the right to the longest.
+
+    Attention masks come from lengths, never from the pad id, which may be the id of EOS. Causal batches have none: no real
+    token sees a pad behind it, and pads have no label. Labels of language models are unshifted with -100 where nothing is
+    learned (the convention of transformers). Sequence to sequence: decoder inputs are labels moved by one behind `decoder_start`.
+    """
+    ids = _padded([example.input_ids for example in examples], pad_id)
+    sizes = torch.tensor([len(example.input_ids) for example in examples])
+    mask = (torch.arange(ids.shape[1])[None, :] < sizes[:, None]).long()
+    inputs = {"input_ids": ids}
+    padded = ids.numel()
+    if kind != "causal":
+        inputs["attention_mask"] = mask
+        if all(example.token_type_ids is not None for example in examples):
+            inputs["token_type_ids"] = _padded([example.token_type_ids or [] for example in examples], 0)
+    labels = _labels(examples, kind)
+    if kind == "seq2seq" and labels is not None:
+        if decoder_start is None:
+            raise SettingsError("the model's configuration names no decoder_start_token_id", hint="Is it an encoder-decoder?")
+        shifted = torch.cat([labels.new_full((len(examples), 1), decoder_start), labels[:, :-1]], 1)
+        inputs["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, pad_id)
+        padded += labels.numel()
+    return Batch(inputs, labels, tuple(examples), torch.tensor([example.length for example in examples]), padded)
+
+
+def _labels(examples: Sequence[Example], kind: Kind) -> Tensor | None:
+    found = [example.labels for example in examples]
+    if any(label is None for label in found):
+        return None
+    if kind in ("class", "number"):
+        return torch.tensor(found, dtype=torch.long if kind == "class" else torch.float32)
+    return _padded([label for label in found if isinstance(label, list)], IGNORED)
+
+
+def _padded(rows: list[list[int]], value: int) -> Tensor:
+    width = max(map(len, rows), default=0)
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long).view(len(rows), width)
