@@ -1,0 +1,38 @@
+"""How many optimizer steps fit into a time: tried on a few, so that the schedule knows its end."""
+
+from __future__ import annotations
+
+import time
+
+from deltaloom.train.feed import Feed
+from deltaloom.train.run import Learner
+from deltaloom.train.state import keep_random_states
+from deltaloom.tuned import Tuned
+
+TRIES = 3  # steps spread over the first epoch, after one that warms up: lengths differ between steps
+
+
+def steps_that_fit(tuned: Tuned, task: Learner, feed: Feed, limit: float) -> tuple[int, float, float]:
+    """(steps, seconds spent on finding out, seconds a step), for a limit in seconds that includes the finding out.
+
+    Forward and backward passes only: no parameter and no random state changes.
+    """
+    began = time.perf_counter()
+    steps = feed.steps(0)
+    chosen = [steps[index * (len(steps) - 1) // max(1, TRIES - 1)] for index in range(TRIES)]
+    taken = []
+    with keep_random_states():
+        for micro in [chosen[0], *chosen]:
+            start = time.perf_counter()
+            for indices in micro:
+                loss, _ = task.loss(tuned, feed.batch(indices, tuned.device))
+                loss.backward()
+            float(loss.detach())  # waits for an accelerator
+            taken.append(time.perf_counter() - start)
+            if time.perf_counter() - began > 0.2 * limit:
+                break
+    tuned.zero_grad(set_to_none=True)
+    tried = taken[1:] or taken
+    each = sum(tried) / len(tried)
+    spent = time.perf_counter() - began
+    return max(1, int((limit - spent) / max(each, 1e-6))), spent, each

@@ -1,0 +1,136 @@
+"""The training loop, the only one.
+
+    for each optimizer step:
+        for each micro-batch:  task.loss(tuned, batch) -> (sum, count);  sum.backward()
+        gradients / total count;  tuned.penalty().backward()
+        controllers.after_backward();  clip;  optimizer.step();  controllers.after_step()
+        evaluate and save when due; stop at the end, at the time limit, early, or when asked to
+
+It knows no method, no model and no data format. What it needs to go on is in its `Progress` and in the states that a
+checkpoint holds, so a run that was stopped anywhere and resumed gives bit for bit the tensors of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from deltaloom.deltas.base import StepPlan
+from deltaloom.errors import DataError, RefusedError, SettingsError
+from deltaloom.events import Acted, Emitter, Started
+from deltaloom.train.budget import steps_that_fit
+from deltaloom.train.checkpoints import Checkpoint, checkpoints, remove_leftovers
+from deltaloom.train.feed import Feed
+from deltaloom.train.guards import FirstSteps, Meter
+from deltaloom.train.memory import PeakMemory
+from deltaloom.train.modes import gradient_checkpointing, training_mode
+from deltaloom.train.optimizer import load_optimizer_state, make_optimizer
+from deltaloom.train.progress import Goal, Progress, planned_steps
+from deltaloom.train.resume import check_same, resumed_progress
+from deltaloom.train.run import Evaluate, Learner, Run, TrainResult
+from deltaloom.train.settings import TrainSettings
+from deltaloom.train.signals import StopRequest, polite_stop
+from deltaloom.train.state import seed_everything, set_random_states
+from deltaloom.tuned import Tuned
+
+LOSS = Goal("loss", higher=False)
+
+
+def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, emit: Emitter | None = None, seed: int = 0,
+          evaluate: Evaluate | None = None, goal: Goal = LOSS, folder: Path | None = None, log: Path | None = None,
+          resume: Checkpoint | None = None, identity: Mapping[str, str] | None = None,
+          floor_rate: float | None = None) -> TrainResult:
+    """Train the deltas that `tuned` uses, on the rows of `feed`, and give back what was done.
+
+    `evaluate` gives the metrics of the tuned model (called in evaluation mode, without gradients), `goal` says which of them
+    decides. `folder` takes the checkpoints, `log` is the event file whose position they note. `resume` goes on from a
+    checkpoint (`checkpoints.latest_checkpoint` finds it; call its `rewind(log)` before opening the log). `identity` names what
+    a resumed run must share besides its settings, such as fingerprints of model and data. `floor_rate` is the tokens per
+    second at the floor of operations. The process's random generators are seeded; dropout of the model is active.
+
+    Raises:
+        NonFiniteError: loss or gradient is NaN or infinite; the parameters are not stepped, no checkpoint is overwritten.
+        Interrupted: Ctrl-C or SIGTERM, after the step was finished and saved. A second signal raises KeyboardInterrupt.
+        ResourceError: no memory or no disk space. CheckpointError: `resume` is of another run.
+        SettingsError: early stopping or restoring the best without evaluation. RefusedError: `folder` holds another run.
+    """
+    emit = emit if emit is not None else Emitter()
+    _check(settings, evaluate, feed, folder, resume)
+    if resume is not None:
+        check_same(resume, settings, identity or {})
+    if folder is not None:
+        remove_leftovers(folder, emit)
+    with ExitStack() as stack:
+        stop = stack.enter_context(polite_stop())
+        stack.enter_context(training_mode(tuned, True))
+        stack.enter_context(gradient_checkpointing(tuned, settings.gradient_checkpointing))
+        memory = PeakMemory(tuned.device)
+        seed_everything(seed)
+        progress = (resumed_progress(resume, settings, emit) if resume is not None
+                    else _planned(tuned, task, feed, settings, emit))
+        run = _assembled(tuned, task, feed, settings, emit, progress, memory, floor_rate=floor_rate, evaluate=evaluate, goal=goal,
+                         folder=folder, log=log, identity=dict(identity or {}))
+        if resume is not None:
+            _take(run, resume)
+        trainable = sum(parameter.numel() for parameter in run.parameters.values())
+        emit(Started(step=progress.step, total_steps=progress.total_steps, trainable_parameters=trainable,
+                     total_parameters=sum(parameter.numel() for parameter in tuned.parameters())))
+        return _loop(run, stop)
+
+
+def _loop(run: Run, stop: StopRequest) -> TrainResult:
+    while True:
+        if run.progress.due(run.settings.eval_every) and not stop:
+            run.evaluate_now()
+        if run.progress.due(run.settings.save_every):
+            run.save_now()
+        reason = run.reason_to_stop(stop)
+        if reason is not None:
+            return run.finish(reason)
+        run.step()
+
+
+def _check(settings: TrainSettings, evaluate: Evaluate | None, feed: Feed, folder: Path | None,
+           resume: Checkpoint | None) -> None:
+    if evaluate is None:
+        wants = [key for key in ("early_stop", "restore_best", "metric", "eval_every") if getattr(settings, key)]
+        if wants:
+            raise SettingsError("there is nothing to evaluate on", got=", ".join(f"train.{key}" for key in wants),
+                                hint="Give data.eval or data.eval_fraction, or remove these keys.")
+    if not feed.steps(0):
+        raise DataError("there are no training rows")
+    if folder is not None and resume is None and checkpoints(folder):
+        raise RefusedError("the folder holds checkpoints of an earlier run", got=str(folder), hint="Use --resume or --overwrite.")
+
+
+def _planned(tuned: Tuned, task: Learner, feed: Feed, settings: TrainSettings, emit: Emitter) -> Progress:
+    """A new run's progress; where only its time is limited, a few steps are tried to see how many fit."""
+    total = planned_steps(settings, feed)
+    if total is not None:
+        return Progress(total)
+    limit = settings.time_limit or 0.0
+    total, spent, each = steps_that_fit(tuned, task, feed, limit)
+    emit(Acted(step=0, action="planned", reason=f"max_time {settings.max_time}: {total} steps of about {each:.3g} s"))
+    return Progress(total, seconds=spent)
+
+
+def _assembled(tuned: Tuned, task: Learner, feed: Feed, settings: TrainSettings, emit: Emitter, progress: Progress,
+               memory: PeakMemory, *, floor_rate: float | None, evaluate: Evaluate | None, goal: Goal, folder: Path | None,
+               log: Path | None, identity: dict[str, str]) -> Run:
+    parameters = tuned.delta_parameters()
+    optimizer = make_optimizer(parameters, settings)
+    every = settings.log_every or (1 if tuned.device.type == "cpu" else 10)
+    return Run(tuned=tuned, task=task, feed=feed, settings=settings, emit=emit, progress=progress, optimizer=optimizer,
+               controllers=tuned.controllers(StepPlan(progress.total_steps)), meter=Meter(emit, every, feed.place, floor_rate),
+               first=FirstSteps(tuned, parameters, emit), memory=memory, evaluate=evaluate, goal=goal, folder=folder, log=log,
+               identity=identity, parameters=parameters)
+
+
+def _take(run: Run, resume: Checkpoint) -> None:
+    run.take_delta(resume.parts)
+    load_optimizer_state(run.optimizer, run.parameters, resume.parts["optimizer"])
+    set_random_states(resume.parts["random"])
+    run.first = FirstSteps(run.tuned, run.parameters, run.emit)
+    run.saved_step, run.meter.last_good = resume.step, str(resume.path)
+    run.emit(Acted(step=resume.step, action="resumed", reason=f"from checkpoint {resume.path.name}"))

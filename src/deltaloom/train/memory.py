@@ -1,0 +1,55 @@
+"""Peak memory of training: what it took beyond the loaded model."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR, SIZES = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/statm")
+RESET_PEAK = "5"  # resets VmHWM to the current resident size, see proc(5)
+
+
+class PeakMemory:
+    """Measures from its making: on CUDA allocated bytes, on Linux resident bytes, elsewhere nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start: int | None = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.start = torch.cuda.memory_allocated(device)
+        elif sys.platform == "linux" and _reset_resident_peak():
+            self.start = _status_bytes("VmRSS")
+
+    def peak(self) -> int | None:
+        """The highest use since the start, less the use at the start, in bytes; None where it cannot be measured."""
+        if self.start is None:
+            return None
+        if self.device.type == "cuda":
+            return max(0, torch.cuda.max_memory_allocated(self.device) - self.start)
+        high = _status_bytes("VmHWM")
+        return None if high is None else max(0, high - self.start)
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Memory in use now: allocated on CUDA, resident on Linux, 0 where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(SIZES.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 0
+
+
+def _reset_resident_peak() -> bool:
+    try:
+        CLEAR.write_text(RESET_PEAK)
+    except OSError:  # some containers forbid it: the peak is then unknown, not wrong
+        return False
+    return True
+
+
+def _status_bytes(key: str) -> int | None:
+    found = re.search(rf"^{key}:\s+(\d+) kB", STATUS.read_text(), re.M)
+    return int(found[1]) * 1024 if found else None

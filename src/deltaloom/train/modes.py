@@ -1,0 +1,53 @@
+"""Training and evaluation mode of a tuned model, and gradient checkpointing, switched for the length of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+
+from deltaloom.errors import RefusedError
+from deltaloom.tuned import Tuned
+
+
+@contextmanager
+def training_mode(tuned: Tuned, on: bool) -> Iterator[None]:
+    """Training mode (the model's own dropout is active, as in Hugging Face's Trainer) or evaluation mode.
+
+    Batch norms stay in evaluation mode: their running statistics belong to the frozen model.
+    """
+    before = {module: module.training for module in tuned.modules()}
+    tuned.train(on)
+    for module in tuned.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    try:
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was
+
+
+@contextmanager
+def gradient_checkpointing(tuned: Tuned, on: bool) -> Iterator[None]:
+    """Compute the blocks' activations again in the backward pass, if `on`.
+
+    Raises:
+        RefusedError: the model cannot.
+    """
+    if not on:
+        yield
+        return
+    model: nn.Module = tuned.model
+    if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
+        raise RefusedError(f"{type(model).__name__} has no gradient checkpointing",
+                           hint="Set train.gradient_checkpointing to false.")
+    # Not reentrant: works although the embeddings are frozen, and draws the same random numbers again.
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()

@@ -1,0 +1,259 @@
+"""One training run: its parts, one optimizer step, and what happens between steps; `loop.train` puts it together."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deltaloom.data.batches import Batch
+from deltaloom.deltas.base import Controller
+from deltaloom.errors import Interrupted
+from deltaloom.events import Acted, Emitter, Evaluated, Finished, Saved, Warned
+from deltaloom.files import sync
+from deltaloom.train.checkpoints import prune_checkpoints, read_checkpoint, write_checkpoint
+from deltaloom.train.feed import Feed
+from deltaloom.train.guards import FirstSteps, Meter, Reading, memory_errors
+from deltaloom.train.memory import PeakMemory, resident_bytes
+from deltaloom.train.modes import training_mode
+from deltaloom.train.optimizer import clip_gradients, divide_gradients, gradient_norm, optimizer_state, set_learning_rate
+from deltaloom.train.progress import Goal, Progress
+from deltaloom.train.schedule import factor
+from deltaloom.train.settings import TrainSettings
+from deltaloom.train.signals import StopRequest
+from deltaloom.train.state import keep_random_states, random_states
+from deltaloom.tuned import Tuned
+
+Evaluate = Callable[[Tuned], Mapping[str, float]]
+
+
+class Learner(Protocol):
+    """What the loop needs of a task."""
+
+    def loss(self, tuned: Tuned, batch: Batch) -> tuple[Tensor, Tensor | float]:
+        """(sum of the losses, what to divide it by): tokens or rows with a target, or the sum of their weights."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did. `seconds` is the loop alone; evaluation and saving are given apart."""
+
+    step: int
+    total_steps: int
+    epochs: float
+    reason: str
+    seconds: float
+    evaluation_seconds: float
+    saving_seconds: float
+    tokens: int
+    metrics: dict[str, float]       # of the last evaluation; of the best one if restore_best
+    best_step: int | None
+    peak_memory_bytes: int | None   # beyond the loaded model; None where it cannot be measured
+
+
+@dataclass
+class Run:
+    """The parts of one training run, put together by `train`."""
+
+    tuned: Tuned
+    task: Learner
+    feed: Feed
+    settings: TrainSettings
+    emit: Emitter
+    progress: Progress
+    optimizer: Optimizer
+    controllers: list[Controller]
+    meter: Meter
+    first: FirstSteps
+    memory: PeakMemory
+    evaluate: Evaluate | None
+    goal: Goal
+    folder: Path | None
+    log: Path | None
+    identity: dict[str, str]
+    parameters: dict[str, nn.Parameter]
+    saved_step: int = -1
+    evaluation_seconds: float = 0.0
+    saving_seconds: float = 0.0
+    best: dict[str, Any] | None = None
+    _epoch: tuple[int, Sequence[Sequence[Sequence[int]]]] = field(default=(-1, ()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.tuned.device
+
+    # ---- one optimizer step ---------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One optimizer step, timed."""
+        began = time.perf_counter()
+        micro = self._next_rows()
+        with memory_errors(micro):
+            self._optimizer_step(micro)
+        elapsed = time.perf_counter() - began
+        self.progress.seconds += elapsed
+        self.meter.report(elapsed, resident_bytes(self.device))
+
+    def _optimizer_step(self, micro: Sequence[Sequence[int]]) -> None:
+        progress, settings = self.progress, self.settings
+        step = progress.step + 1
+        parameters = list(self.parameters.values())
+        losses, count, batches = self._backward(micro)
+        divide_gradients(parameters, count)
+        penalty = self.tuned.penalty()
+        if penalty.requires_grad:
+            penalty.backward()
+        self.first.after_backward()
+        norm = gradient_norm(parameters)
+        learning_rate = settings.learning_rate * factor(step, progress.total_steps, settings.schedule, settings.warmup)
+        tokens = sum(batch.tokens for batch in batches)
+        epoch = progress.epoch + (progress.index + 1) / progress.steps_in_epoch
+        self.meter.note(Reading(step, epoch, learning_rate, losses, count, penalty.detach(), norm, [b.rows for b in batches],
+                                tokens, sum(b.padded_tokens for b in batches)))
+        for controller in self.controllers:
+            controller.after_backward(step)
+        if settings.clip is not None:
+            clip_gradients(parameters, settings.clip, norm)
+        set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+        for controller in self.controllers:
+            controller.after_step(step)
+        self.optimizer.zero_grad()
+        self.first.after_step()
+        progress.step, progress.index, progress.tokens = step, progress.index + 1, progress.tokens + tokens
+
+    def _backward(self, micro: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor | float, list[Batch]]:
+        """Gradients of the summed loss over all micro-batches; (their losses, the total count, the batches)."""
+        losses: list[Tensor] = []
+        batches: list[Batch] = []
+        count: Tensor | float = 0.0
+        for indices in micro:
+            batch = self.feed.batch(indices, self.device)
+            loss, part = self.task.loss(self.tuned, batch)
+            loss.backward()
+            losses.append(loss.detach())
+            batches.append(batch)
+            count = count + part
+        return losses, count, batches
+
+    def _next_rows(self) -> Sequence[Sequence[int]]:
+        progress = self.progress
+        if progress.index == progress.steps_in_epoch and progress.step > 0:
+            progress.epoch, progress.index = progress.epoch + 1, 0
+        if self._epoch[0] != progress.epoch:
+            self._epoch = progress.epoch, self.feed.steps(progress.epoch)
+            progress.steps_in_epoch = len(self._epoch[1])
+        return self._epoch[1][progress.index]
+
+    # ---- between steps --------------------------------------------------------------------------------------------
+
+    def evaluate_now(self) -> None:
+        """Evaluate at the current step, in evaluation mode, without touching the random states of training."""
+        if self.evaluate is None or self.progress.evaluated_step == self.progress.step:
+            return
+        self.meter.flush(resident_bytes(self.device))
+        began = time.perf_counter()
+        with keep_random_states(), torch.no_grad(), training_mode(self.tuned, False):
+            metrics = self.evaluate(self.tuned)
+        self.evaluation_seconds += time.perf_counter() - began
+        best = self.progress.note_metrics(metrics, self.goal, self.settings.early_stop)
+        self.emit(Evaluated(step=self.progress.step, metrics=self.progress.metrics, best=best))
+        if best and self.settings.restore_best and self.folder is None:
+            self.best = copy.deepcopy({**self._delta_parts(), "progress": {"metrics": self.progress.metrics}})
+        if best:
+            self.save_now()
+
+    def save_now(self) -> None:
+        """Write a checkpoint of the current step, unless there is one."""
+        progress = self.progress
+        if self.folder is None or self.saved_step == progress.step or progress.step == 0:
+            return
+        self.meter.flush(resident_bytes(self.device))
+        began = time.perf_counter()
+        if self.log is not None and self.log.exists():
+            sync(self.log)
+            progress.log_bytes = self.log.stat().st_size
+        path = write_checkpoint(self.folder, progress.step, self._parts())
+        prune_checkpoints(self.folder, self.settings.keep_checkpoints, [progress.best_step])
+        self.saved_step = progress.step
+        self.meter.last_good = str(path)
+        self.saving_seconds += time.perf_counter() - began
+        self.emit(Saved(step=progress.step, path=f"{self.folder.name}/{path.name}", bytes=sum(file.stat().st_size for file in path.iterdir())))
+
+    def reason_to_stop(self, stop: StopRequest) -> str | None:
+        """Why not to take another step, or None."""
+        progress, early, limit = self.progress, self.settings.early_stop, self.settings.time_limit
+        if progress.step >= progress.total_steps:
+            return "completed"
+        if early is not None and progress.stale >= early.patience:
+            self.emit(Acted(step=progress.step, action="early_stop",
+                            reason=f"{self.goal.metric} did not improve by more than {early.min_delta:g} in {progress.stale} "
+                                   f"evaluations; the best is {progress.best_value:g} at step {progress.best_step}"))
+            return "early_stop"
+        if stop:
+            self.emit(Acted(step=progress.step, action="interrupted", reason=f"signal {stop.name}"))
+            return "interrupted"
+        return "max_time" if limit is not None and progress.seconds >= limit else None
+
+    def _delta_parts(self) -> dict[str, Any]:
+        return {"delta": self.tuned.delta_state(), "controllers": [controller.state_dict() for controller in self.controllers]}
+
+    def _parts(self) -> dict[str, Any]:
+        return {**self._delta_parts(), "optimizer": optimizer_state(self.optimizer, self.parameters),
+                "random": random_states(), "progress": dataclasses.asdict(self.progress),
+                "settings": self.settings.as_dict(), "identity": self.identity}
+
+    def take_delta(self, parts: Mapping[str, Any]) -> None:
+        """Take the deltas and the controllers' states of a checkpoint."""
+        self.tuned.load_delta_state(parts["delta"])
+        for controller, state in zip(self.controllers, parts["controllers"], strict=True):
+            controller.load_state_dict(state)
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def finish(self, reason: str) -> TrainResult:
+        """Last evaluation and checkpoint, the best delta if wanted, controllers' last work, and the result."""
+        progress = self.progress
+        if reason != "interrupted":
+            self.evaluate_now()
+        self.save_now()
+        self.meter.flush(resident_bytes(self.device))
+        peak = self.memory.peak()
+        self.emit(Finished(step=progress.step, reason=reason, seconds=progress.seconds, tokens=progress.tokens))
+        if reason == "interrupted":
+            where = (f"Everything is in {self.meter.last_good}: run again with --resume." if self.meter.last_good
+                     else "No checkpoint was written.")
+            raise Interrupted(f"interrupted at step {progress.step} of {progress.total_steps}", hint=where)
+        if self.settings.restore_best:
+            self._restore_best()
+        for controller in self.controllers:
+            controller.finish()
+        return TrainResult(step=progress.step, total_steps=progress.total_steps, epochs=progress.epochs, reason=reason,
+                           seconds=progress.seconds, evaluation_seconds=self.evaluation_seconds, tokens=progress.tokens,
+                           saving_seconds=self.saving_seconds, metrics=progress.metrics, best_step=progress.best_step,
+                           peak_memory_bytes=peak)
+
+    def _restore_best(self) -> None:
+        progress = self.progress
+        if progress.best_step is None or progress.best_step == progress.step:
+            return
+        if self.folder is not None:
+            path = self.folder / f"step-{progress.best_step}"
+            if not path.is_dir():
+                self.emit(Warned(kind="best-is-gone", message=f"the checkpoint of the best step {progress.best_step} is gone; "
+                                                              "the delta of the last step is kept"))
+                return
+            self.best = read_checkpoint(path).parts
+        if self.best is not None:
+            progress.metrics = self.best["progress"]["metrics"]
+            self.take_delta(self.best)
+            self.emit(Acted(step=progress.step, action="restore_best", reason=f"step {progress.best_step} was the best"))
