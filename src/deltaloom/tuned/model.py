@@ -20,6 +20,7 @@ from deltaloom.deltas.base import AttachContext, Attachment, Controller, Delta, 
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError, did_you_mean
 from deltaloom.sites import Site, output_layer
 from deltaloom.tuned.adapted import Adapted, Routing, Tap, lanes_of, replace_module, wrappers
+from deltaloom.tuned.merging import Merged, MergeFacts, merge, unmerge
 from deltaloom.tuned.prefixes import install_prefix, uninstall_prefix
 from deltaloom.tuned.prompts import insert_prompt, strip_prompt
 from deltaloom.tuned.saved import SavedDelta, SavedMethod, attach_saved, misfits
@@ -56,7 +57,9 @@ class Tuned(nn.Module):
         self.lanes: dict[str, list[Attached]] = {}
         self.shared = nn.ModuleDict()
         self.prompts = nn.ModuleDict()
+        self.prefixes = nn.ModuleDict()  # registered here, so that devices and modes reach them; the attention modules ask them
         self.merged: str | None = None
+        self.kept: Merged | None = None
         self.training = model.training
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         model.requires_grad_(False)
@@ -135,6 +138,7 @@ class Tuned(nn.Module):
             self.shared[f"{lane}/{index}/{key}".replace(".", "/")] = module
         for site, delta in attached.attachment.deltas.items():
             if isinstance(delta, PrefixDelta):
+                self.prefixes[f"{lane}/{index}/{site.name}".replace(".", "/")] = delta
                 install_prefix(self.model, lane, site, delta, self.routing)
             elif isinstance(delta, InputDelta):
                 self.prompts[lane] = delta
@@ -179,6 +183,8 @@ class Tuned(nn.Module):
                 replace_module(self.model, wrapper.path, wrapper.base)
         for key in [key for key in self.shared if key.startswith(f"{name}/")]:
             del self.shared[key]
+        for key in [key for key in self.prefixes if key.startswith(f"{name}/")]:
+            del self.prefixes[key]
         if name in self.prompts:
             del self.prompts[name]
         del self.lanes[name]
@@ -190,7 +196,7 @@ class Tuned(nn.Module):
         """Take everything off; gives back the model bit for bit as it was, trainable as it was."""
         if self.merged is not None:
             raise RefusedError("a delta is merged into the weights", got=self.merged,
-                               hint="Call `tuned.unmerge()` first, or keep the merged model: `tuned.model`.")
+                               hint="Call `tuned.unmerge()` first, or use the merged model: `with tuned.bare() as model`.")
         for name in list(self.lanes):
             self.remove(name)
         for name, parameter in self.model.named_parameters():
@@ -356,6 +362,20 @@ class Tuned(nn.Module):
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(state[key])
+
+    # ---- merging --------------------------------------------------------------------------------------------------
+
+    def merge(self, name: str | None = None) -> MergeFacts:
+        """Fold a lane into the weights; see `deltaloom.tuned.merging.merge`.
+
+        Raises:
+            RefusedError: a delta cannot be folded, with the reason; nothing has been changed.
+        """
+        return merge(self, name)
+
+    def unmerge(self) -> None:
+        """Put the original weights back, bit for bit."""
+        unmerge(self)
 
     def _known(self, name: str) -> str:
         if name not in self.lanes:
