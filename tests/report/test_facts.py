@@ -84,10 +84,15 @@ def test_a_whole_run_is_read(run):
     assert len(facts.curves["loss"]) == STEPS and "penalty" not in facts.curves
     assert facts.sizes.trainable_share == pytest.approx(73728 / 22713986)
     assert facts.best_step == STEPS
-    assert facts.data.labels == (("positive", 1804), ("negative", 1616))
+    assert facts.data.labels == (("positive", 1804, 444), ("negative", 1616, 428))
+    assert facts.data.label_order == ("negative", "positive")
+    assert dict(facts.data.lengths)["mean"] == "26.72"
+    assert facts.data.first_rows[1].segments == (("Review: dull\nVerdict: ", False), ("negative<eos>", True))
+    assert dict(facts.data.others)["vocabulary"] == "8123"
     assert dict(facts.data.others)["overlap"] == "1"
-    assert [(warning.kind, warning.count) for warning in facts.warnings] == [("duplicate", 12), ("truncated", 3)]
+    assert [(warning.kind, warning.count) for warning in facts.warnings] == [("duplicate", 12), ("truncated", 3), ("warning", 1)]
     assert facts.ranks.names[0] == "encoder.layer.0.attention.self.query" and len(facts.ranks.steps) == 6
+    assert facts.warnings[2].messages == ("1 of 872 evaluation rows has the input of a training row",)
     origins = {setting.key: setting.origin for setting in facts.settings}
     assert (origins["train.learning_rate"], origins["deltas.0.rank"], origins["data.max_length"]) == ("flag", "file", "default")
     assert facts.setting("data.train") == "train.jsonl"
@@ -244,3 +249,10 @@ def test_it_is_bounded_however_much_the_run_wrote(tmp_path):
         "warnings are shown" in note for note in facts.missing
     )
     assert "120 of 300 sites, 60 of 100 changes" in page
+
+
+def test_the_origin_of_a_list_is_that_of_its_items(tmp_path):
+    origins = {"deltas.0.targets.0": "file", "deltas.0.rank": "flag"}
+    content = yaml.safe_dump({"deltas": [{"targets": ["q", "v"], "rank": 4, "alpha": 8}], "origins": origins})
+    found = {setting.key: setting.origin for setting in read_run(written(tmp_path / "run", run=content)).settings}
+    assert found == {"deltas.0.targets": "file", "deltas.0.rank": "flag", "deltas.0.alpha": ""}

@@ -154,7 +154,15 @@ def test_hostile_content_stays_text(tmp_path):
         events.Attached(
             table=[{"method": EVIL, "target": EVIL, "examples": EVIL}], delta_parameters=1, head_parameters=1, total_parameters=1
         ),
-        events.DataRead(facts={"format": EVIL, "labels": {EVIL: 1}, "lengths": {EVIL: EVIL}, EVIL: EVIL, "first_rows": [EVIL]}),
+        events.DataRead(
+            facts={
+                "format": EVIL,
+                "labels": {EVIL: 1},
+                "lengths": {EVIL: EVIL},
+                EVIL: EVIL,
+                "first_rows": [EVIL, {"where": EVIL, "segments": [{"text": EVIL, "learned": True}], "target": EVIL}],
+            }
+        ),
     ):
         sink(event)
     sink.close()
@@ -222,3 +230,9 @@ def test_writing_is_atomic_and_refusals_leave_the_old_page(tmp_path):
         write_report([run], run)
     with pytest.raises(ResourceError, match="could not be written"):
         write_report([run], run / "run.yaml" / "report.html")
+
+
+def test_first_rows_mark_what_is_learned(html):
+    assert 'Review: dull\nVerdict: <mark title="learned">negative&lt;eos&gt;</mark>' in html
+    assert "target: <mark>positive (class 1)</mark>" in html
+    assert "A" * 50 not in html  # the set of token ids is for programs

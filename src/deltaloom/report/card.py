@@ -79,8 +79,9 @@ def _usage(facts: RunFacts) -> str:
 
 
 def _labels(facts: RunFacts) -> list[str]:
-    """Label names in the order of the per-class results, which is the model's."""
-    return [text.one_line(row.label, 200) for row in facts.classes] if len(facts.classes) <= 50 else []
+    """Label names in the model's order (the per-class results have the same)."""
+    names = facts.data.label_order or [row.label for row in facts.classes]
+    return [text.one_line(name, 200) for name in names] if len(names) <= 50 else []
 
 
 def _results(facts: RunFacts) -> str:
@@ -102,7 +103,7 @@ def _data(facts: RunFacts) -> str:
     rows = [("training file", _names(facts.setting("data.train"))), ("evaluation file", _names(facts.setting("data.eval"))),
             ("format", data.format), ("training rows", text.count(data.rows) if data.rows is not None else ""),
             ("evaluation rows", text.count(data.eval_rows) if data.eval_rows is not None else "")]
-    rows += [(f"label {text.one_line(label, 80)}", f"{number:,} rows") for label, number in data.labels[:30]]
+    rows += [(f"label {text.one_line(label, 80)}", f"{number:,} rows") for label, number, _ in data.labels[:30]]
     known = [row for row in rows if row[1]]
     return "## Data\n\n" + _table(("what", "value"), known) if known else ""
 

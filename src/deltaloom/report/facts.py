@@ -11,6 +11,7 @@ from typing import Any
 
 from deltaloom.errors import UsageError
 from deltaloom.report.reading import (
+    TEXT_LIMIT,
     as_count,
     as_mapping,
     as_number,
@@ -26,6 +27,7 @@ from deltaloom.report.reading import (
 from deltaloom.report.tables import (
     ClassRow,
     DataFacts,
+    FirstRow,
     Metric,
     Moment,
     Points,
@@ -37,11 +39,12 @@ from deltaloom.report.tables import (
     Sizes,
     WarningRow,
 )
+from deltaloom.report.text import figure
 
 _LOWER_IS_BETTER = re.compile(r"loss|perplexity|error|(^|_)(mse|mae|rmse|wer|cer|nll|ppl|ece|brier)($|_)", re.IGNORECASE)
 _MOST = {"samples": 40, "warnings": 200, "settings": 1000, "classes": 200, "sites": 300, "labels": 200, "actions": 200,
          "first_rows": 10}
-_DATA_PLACED = ("format", "rows", "eval_rows", "labels", "lengths", "first_rows")
+_DATA_PLACED = ("format", "rows", "eval_rows", "labels", "eval_labels", "label_order", "lengths", "first_rows", "warnings")
 
 def read_run(folder: Path) -> RunFacts:
     """The facts of a run folder; what is missing or damaged is listed in `missing`, never guessed.
@@ -78,7 +81,7 @@ def read_run(folder: Path) -> RunFacts:
         classes=_cut(_classes(result), "classes", missing),
         sites=_cut(_sites(kinds["Attached"]), "sites", missing),
         data=_data(kinds["DataRead"], missing),
-        warnings=_cut(_warnings(kinds["Warned"], result), "warnings", missing),
+        warnings=_cut(_warnings(kinds, result), "warnings", missing),
         samples=_cut(_samples(kinds["Sampled"]), "samples", missing),
         timeline=_cut(_timeline(kinds, records), "actions", missing),
         ranks=_ranks(kinds["RankChanged"]),
@@ -216,39 +219,52 @@ def _data(records: list[dict[str, Any]], missing: list[str]) -> DataFacts:
     if not records:
         return DataFacts()
     facts = as_mapping(records[-1].get("facts"))
-    labels = [(name, round(number)) for name, number in as_numbers(facts.get("labels")).items()]
-    first = facts.get("first_rows")
-    rows = [as_text(row, 2000) if isinstance(row, str) else _several_lines(row)
-            for row in (first[:100] if isinstance(first, list) else [])]
+    counts, held = as_numbers(facts.get("labels")), as_numbers(facts.get("eval_labels"))
+    labels = [(name, round(counts.get(name, 0)), round(held.get(name, 0)) if held else None)
+              for name in dict.fromkeys((*counts, *held))]
+    order, first = facts.get("label_order"), facts.get("first_rows")
+    lengths = as_mapping(facts.get("lengths"))
     others = {key: value for key, value in facts.items() if key not in _DATA_PLACED}
+    if isinstance(others.get("vocabulary"), dict):  # which ids occur is for programs; a person reads how many
+        others["vocabulary"] = others["vocabulary"].get("size")
     return DataFacts(
         as_text(facts.get("format"), 200), as_count(facts.get("rows")), as_count(facts.get("eval_rows")),
-        _cut(labels, "labels", missing), tuple(islice(flattened(facts.get("lengths") or {}), 60)),
-        tuple(islice(flattened(others), 100)) if others else (), _cut(rows, "first_rows", missing))
+        _cut(labels, "labels", missing), tuple(as_text(name, 200) for name in order[:1000]) if isinstance(order, list) else (),
+        tuple((key, figure(as_number(value))) for key, value in list(lengths.items())[:60]),
+        tuple(islice(flattened(others), 100)) if others else (),
+        _cut([_first_row(row) for row in first[:100]] if isinstance(first, list) else [], "first_rows", missing))
 
 
-def _several_lines(row: object) -> str:
-    return "\n".join(f"{key}: {value}" if key else value for key, value in islice(flattened(row), 40))
+def _first_row(row: object) -> FirstRow:
+    if not isinstance(row, dict):
+        return FirstRow("", None, ((as_text(row, TEXT_LIMIT // 2), False),))
+    parts = tuple((as_text(part.get("text")), part.get("learned") is True) for part in as_rows(row.get("segments"))[:50])
+    return FirstRow(as_text(row.get("where"), 200), as_count(row.get("tokens")), parts, as_text(row.get("target"), 1000))
 
 
-def _warnings(records: list[dict[str, Any]], result: dict[str, Any]) -> list[WarningRow]:
-    """Grouped by kind, most frequent first; `warnings` of metrics.json count only where no event has the same message."""
+def _warnings(kinds: dict[str, list[dict[str, Any]]], result: dict[str, Any]) -> list[WarningRow]:
+    """Grouped by kind, most frequent first; those of the data's facts and of metrics.json only where no event has the message."""
     counts: Counter[str] = Counter()
     messages: dict[str, dict[str, None]] = {}
-    for record in records:
+    for record in kinds["Warned"]:
         kind = as_text(record.get("kind"), 200) or "warning"
         number = as_count(record.get("count"))
         counts[kind] += 1 if number is None else max(1, number)
         messages.setdefault(kind, {})[as_text(record.get("message"))] = None
     known = {message for group in messages.values() for message in group}
-    written = result.get("warnings")
-    for item in written if isinstance(written, list) else []:
+    of_data = as_mapping(kinds["DataRead"][-1].get("facts")).get("warnings") if kinds["DataRead"] else None
+    for item in (*_items(of_data), *_items(result.get("warnings"))):
         entry = as_mapping(item) or {"message": item}
         message, kind = as_text(entry.get("message")), as_text(entry.get("kind"), 200) or "warning"
-        if message not in known:
+        if message and message not in known:
+            known.add(message)
             counts[kind] += max(1, as_count(entry.get("count")) or 1)
             messages.setdefault(kind, {})[message] = None
     return [WarningRow(kind, tuple(list(messages[kind])[:5]), number) for kind, number in counts.most_common()]
+
+
+def _items(value: object) -> list[Any]:
+    return value[:1000] if isinstance(value, list) else []
 
 
 def _samples(records: list[dict[str, Any]]) -> list[Sample]:
@@ -310,7 +326,9 @@ def _settings(run: dict[str, Any], missing: list[str]) -> tuple[Setting, ...]:
 
 
 def _origin(key: str, origins: dict[str, str]) -> str:
-    """The origin of a key, else of the nearest section around it."""
+    """The origin of a key (of a list, its first item's), else of the nearest section around it."""
+    if f"{key}.0" in origins:
+        return origins[f"{key}.0"]
     while key:
         if key in origins:
             return origins[key]

@@ -195,10 +195,10 @@ def _labels(run: RunFacts) -> Chart | None:
     if not run.data.labels:
         return None
     ordered = sorted(run.data.labels, key=lambda label: -label[1])
-    bars = [Bar(name, number) for name, number in ordered[:40]]
-    rest = sum(number for _, number in ordered[40:])
+    bars = [Bar(name, number, detail="" if held is None else f"{held:,} evaluation rows") for name, number, held in ordered[:40]]
+    rest = sum(number for _, number, _ in ordered[40:])
     note = f"the {len(bars)} most frequent of {len(ordered)}; {rest:,} rows have others" if len(ordered) > 40 else ""
-    return Chart("Rows of each label", Markup(bar_chart("Rows of each label", bars, form=text.count)), note)
+    return Chart("Training rows of each label", Markup(bar_chart("Training rows of each label", bars, form=text.count)), note)
 
 
 def _ranks(ranks: Ranks) -> Chart | None:

@@ -64,16 +64,30 @@ class SiteRow:
 
 
 @dataclass(frozen=True)
+class FirstRow:
+    """A training row as the model sees it: its text in parts, each with whether it is learned; `target` if not in the text."""
+
+    where: str
+    tokens: int | None
+    segments: tuple[tuple[str, bool], ...]
+    target: str = ""
+
+
+@dataclass(frozen=True)
 class DataFacts:
-    """The data's facts: what was found, how long the texts are, and everything that was counted."""
+    """The data's facts: what was found, how long the texts are, and everything that was counted.
+
+    `labels`: name, training rows, evaluation rows (None if unknown); `label_order`: the model's order of them.
+    """
 
     format: str = ""
     rows: int | None = None
     eval_rows: int | None = None
-    labels: tuple[tuple[str, int], ...] = ()
+    labels: tuple[tuple[str, int, int | None], ...] = ()
+    label_order: tuple[str, ...] = ()
     lengths: tuple[tuple[str, str], ...] = ()
     others: tuple[tuple[str, str], ...] = ()
-    first_rows: tuple[str, ...] = ()
+    first_rows: tuple[FirstRow, ...] = ()
 
 
 @dataclass(frozen=True)
