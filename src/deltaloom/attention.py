@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -43,6 +44,7 @@ PACKABLE = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", 
                       "bert", "distilbert", "roberta"})
 
 _SLOT = "_deltaloom_prefix_slot"
+_RECORD = "_deltaloom_record"
 _HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
 
@@ -123,6 +125,24 @@ def install(model: PreTrainedModel) -> str:
     return before
 
 
+@contextmanager
+def recording(model: PreTrainedModel, modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[tuple[Tensor, Tensor]]]]:
+    """Within the block, the keys and values (batch, kv_heads, S, head_dim) of every call of these attention modules.
+
+    They are as the attention function sees them: with rotary positions, with cached ones, without a prefix.
+    """
+    found: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {module: [] for module in modules}
+    before = install(model)
+    for module, calls in found.items():
+        module.__dict__[_RECORD] = calls
+    try:
+        yield found
+    finally:
+        for module in found:
+            del module.__dict__[_RECORD]
+        model.set_attn_implementation(before)
+
+
 def check_supported(model: PreTrainedModel) -> None:
     """Raises RefusedError if the model, or a model inside it, bypasses transformers' attention interface."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
@@ -193,6 +213,9 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     if refused or others.get("output_attentions"):
         raise RefusedError(f"deltaloom's attention cannot honour this argument of {type(module).__name__}",
                            got=", ".join(refused) or "output_attentions")
+    record = module.__dict__.get(_RECORD)
+    if record is not None:
+        record.append((key, value))
     # As transformers has it: without a word from the caller or the module, attention is causal.
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
