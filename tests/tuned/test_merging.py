@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from deltaloom.deltas.base import Delta
 from deltaloom.deltas.bitfit import BitFit
@@ -187,17 +186,3 @@ def test_logits_error_is_measured_and_leaves_the_state_alone():
     together = tuned(**batch).logits
     assert error == pytest.approx(float((apart.double() - together.double()).abs().max()))
     assert logits_error(tuned, batch) == error and tuned.merged == "default"
-
-
-class Scaled(nn.Embedding):
-    def forward(self, ids):
-        return super().forward(ids) * 4.0
-
-
-def test_embeddings_that_scale_refuse():
-    model = toy("llama")
-    old = model.model.embed_tokens
-    model.model.embed_tokens = Scaled(old.num_embeddings, old.embedding_dim)
-    tuned = shaken(attach(model, [LoRA(rank=2, targets="embed_tokens")]))
-    with pytest.raises(RefusedError, match="plain weight"):
-        tuned.merge()

@@ -187,7 +187,7 @@ def _folded(wrapper: Adapted, own: Mapping[str, Tensor], overrides: Mapping[str,
     """The tensors that folding changes, in high precision and in the layer's own orientation."""
     base, path = wrapper.base, wrapper.path
     weight = overrides.get("weight", own.get("weight"))
-    if weight is None or not weight.is_floating_point() or not _is_plain(base):
+    if weight is None or not weight.is_floating_point():
         raise RefusedError("the layer does not store a plain weight that a delta could be folded into",
                            got=f"{path} ({type(base).__name__})", hint="Merge into an unquantised base, or keep the delta apart.")
     dtype = torch.float64 if weight.numel() <= DOUBLE_UP_TO and weight.device.type != "mps" else torch.float32
@@ -223,14 +223,6 @@ def _fold_one(site: Site, delta: Delta, weight: Tensor, bias: Tensor | None) -> 
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.clone()
         bias[rows] = new_bias
     return weight, bias
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether the layer does what its weight says: some classes of embeddings scale what they look up."""
-    if not isinstance(layer, nn.Embedding) or type(layer) is nn.Embedding:
-        return True
-    ids = torch.arange(min(4, layer.num_embeddings), device=layer.weight.device)
-    return torch.equal(layer(ids), layer.weight[ids])
 
 
 def _add_errors(errors: _Errors, exact: Tensor, stored: Tensor, old: Tensor | None) -> None:
