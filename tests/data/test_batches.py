@@ -66,6 +66,7 @@ def test_a_micro_batch_is_cut_only_where_padding_is_wasted_and_parts_stay_large(
     assert [sorted(part) for part in micro_batches(range(24), lengths, 10_000)] == [list(range(8)), list(range(8, 24))]
     assert len(micro_batches(range(8), [100] * 8, 10_000)) == 1
     assert len(micro_batches(range(6), [100, 100, 10, 10, 10, 10], 10_000)) == 1  # halves would be too small
+    assert len(micro_batches(range(28), [100] * 8 + [10] * 20, 10_000)) == 1  # so would the second one
     for part in micro_batches(range(24), lengths, 10_000):
         assert sum(lengths[index] for index in part) >= LEAST
     with pytest.raises(SettingsError):
@@ -98,11 +99,11 @@ def test_masks_come_from_lengths():
 
 
 def test_decoder_inputs_are_labels_moved_by_one():
-    examples = [Example(0, [5, 1], [8, 9, 1], 5), Example(1, [5, 6, 1], [8, 1], 5)]
+    examples = [Example(0, [5, 1], [8, 9, 1], 5), Example(1, [5, 6, 1], [1], 4)]
     batch = collate(examples, 0, "seq2seq", decoder_start=3)
-    assert batch.inputs["decoder_input_ids"].tolist() == [[3, 8, 9], [3, 8, 1]]
+    assert batch.inputs["decoder_input_ids"].tolist() == [[3, 8, 9], [3, 1, 0]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch.labels.tolist() == [[8, 9, 1], [8, 1, -100]]
-    assert batch.tokens == 10 and batch.padded_tokens == 12
+    assert batch.labels.tolist() == [[8, 9, 1], [1, -100, -100]]
+    assert batch.tokens == 9 and batch.padded_tokens == 12
     with pytest.raises(SettingsError, match="decoder_start_token_id"):
         collate(examples, 0, "seq2seq")

@@ -16,7 +16,7 @@ from deltaloom.data.rows import ChatRow, Message, PlainRow, PromptRow, TextRow, 
 from deltaloom.errors import DataError
 from tests.toy_tokenizers import FORGETFUL, byte_level, unigram, word_piece
 
-BYTES = byte_level()
+BYTES, WITH_BOS = byte_level(), byte_level(bos=True)
 CHAT = ChatRow("a:1", (Message("user", "What is two and two?"), Message("assistant", "It is four.\n#### 4"),
                        Message("user", " And three? "), Message("assistant", "Three."), Message("user", "Thanks")))
 
@@ -55,16 +55,16 @@ WORD = st.text(alphabet="ab é\n.日", min_size=1, max_size=8).filter(lambda tex
 
 
 @settings(max_examples=150, deadline=None)
-@given(prompt=WORD, completion=WORD)
-def test_generation_starts_from_the_tokens_that_training_saw(prompt, completion):
-    row = PromptRow("a:1", prompt, completion)
-    [example] = encode_causal([row], BYTES, 100)
+@given(prompt=WORD, completion=WORD, bos=st.booleans())
+def test_generation_starts_from_the_tokens_that_training_saw(prompt, completion, bos):
+    row, tokenizer = PromptRow("a:1", prompt, completion), WITH_BOS if bos else BYTES
+    [example] = encode_causal([row], tokenizer, 100)
     text, start = joined(prompt, completion)
-    assert BYTES.decode(example.input_ids) == text + "<|im_end|>"
-    assert completion in learned(example, BYTES)
-    if not (prompt[-1].isspace() or completion[0].isspace()):
-        assert encode_prompts([row], BYTES)[0] == example.input_ids[:example.prompt_length]
-        assert learned(example, BYTES) == text[start:] + "<|im_end|>"
+    assert tokenizer.decode(example.input_ids) == "<s>" * bos + text + "<|im_end|>"
+    assert completion in learned(example, tokenizer)
+    if not (prompt.endswith("\n") or completion[0].isspace()):
+        assert encode_prompts([row], tokenizer)[0] == example.input_ids[:example.prompt_length]
+        assert learned(example, tokenizer) == text[start:] + "<|im_end|>"
 
 
 def test_plain_text_is_learned_whole_but_for_what_nothing_predicts():

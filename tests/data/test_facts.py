@@ -7,7 +7,7 @@ from deltaloom.data.encode import Example, encode_causal, encode_seq2seq, encode
 from deltaloom.data.facts import _ids, _vocabulary, data_facts, overlap, segments
 from deltaloom.data.labels import LabelMap
 from deltaloom.data.read import Rows
-from deltaloom.data.rows import ChatRow, Message, PromptRow, TextRow
+from deltaloom.data.rows import ChatRow, Message, PlainRow, PromptRow, TextRow
 from tests.toy_tokenizers import byte_level, unigram, word_piece
 
 LABELS = LabelMap(("bad", "good"))
@@ -67,6 +67,8 @@ def test_a_template_without_an_end_token_is_a_warning():
     assert segments(examples[0], tokenizer)[-1] == {"text": " a", "learned": True}  # byte-level BPE joins the space to the word
     facts = data_facts(rows, examples, tokenizer=tokenizer)
     assert facts["open_ends"] == 1 and "does not learn to stop" in facts["warnings"][0]
+    cut = encode_causal([PlainRow("a:1", "the film is good")], tokenizer, 4)  # a cut row is counted as that alone
+    assert data_facts(Rows((PlainRow("a:1", "the film is good"),), "x", "x"), cut, tokenizer=tokenizer)["open_ends"] == 0
 
 
 @given(st.sets(st.integers(0, 5000)))

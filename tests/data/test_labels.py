@@ -65,6 +65,8 @@ def test_seeds_differ_and_shares_are_kept():
     train, held = split(rows, 0.1, 0)
     assert counts(held) == {"a": 80, "b": 20} and split(rows, 0.1, 1)[1] != held
     assert len(train) == 900
+    many = texts([f"class {index % 20}" for index in range(300)])  # 1.5 rows of each: rounding is not always up
+    assert len(split(many, 0.1, 0)[1]) == 30
 
 
 def test_rows_with_the_same_prompt_stay_together():
