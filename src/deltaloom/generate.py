@@ -137,6 +137,7 @@ def _inputs(model: PreTrainedModel | Tuned, base: PreTrainedModel, tokenizer: An
     if isinstance(model, Tuned):
         with torch.no_grad():
             inputs, _ = model.prepared(inputs)
+        inputs.pop("position_ids", None)  # taken from the mask at every step
     return inputs
 
 

@@ -30,7 +30,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
 }
 
 # Reasons why a call with different deltas row by row is refused.
-ROWS_REFUSED = {("full", "t5"): "row by row"}
+ROWS_REFUSED = {("full", "t5"): "row by row", ("prompt", "bert"): "row by row"}
 
 # Methods some of whose parameters have no effect in exact arithmetic, with the reason.
 WITHOUT_EFFECT = {"bitfit": "the bias of keys moves all scores of a query alike", "full": "as with bitfit"}

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from deltaloom.architectures import NOT_BY_ROW
+from deltaloom.errors import RefusedError
 from deltaloom.sites import input_layer
 from deltaloom.tuned.adapted import Routing
 
@@ -36,6 +39,7 @@ def insert_prompt(model: nn.Module, inputs: dict[str, Any], prompts: dict[str, T
         front[where] = padded.expand(count, -1, -1)
         seen[where, length - block.shape[0]:] = 1
     inputs["inputs_embeds"] = torch.cat((front, embeds), 1)
+    _place(model, inputs, embeds.shape[1], seen)
     mask = inputs.get("attention_mask")
     if mask is not None or not bool(seen.all()):
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
@@ -46,6 +50,25 @@ def insert_prompt(model: nn.Module, inputs: dict[str, Any], prompts: dict[str, T
     if inputs.get("labels") is not None and inputs["labels"].ndim == 2 and not _has_encoder(model):
         inputs["labels"] = torch.cat((inputs["labels"].new_full((batch, length), -100), inputs["labels"]), 1)
     return inputs, length
+
+
+def _place(model: nn.Module, inputs: dict[str, Any], time: int, seen: Tensor) -> None:
+    """Give the text behind each row's prompt the positions that it has when all rows have this prompt.
+
+    Raises:
+        RefusedError: prompts differ row by row in a model that takes positions from places, or reads its first place.
+    """
+    given = inputs.get("position_ids")
+    if given is None and bool(seen.all()):
+        return
+    if given is None and _has_encoder(model) and any(name.endswith(NOT_BY_ROW) for name, _ in model.named_modules()):
+        return  # relative positions: pads in front move nothing
+    if _has_encoder(model) or not (isinstance(model, PreTrainedModel) and model.can_generate()):
+        raise RefusedError("prompts row by row, or with positions given, are for causal models", got=type(model).__name__,
+                           hint="Use one prompt for the whole batch.")
+    text = torch.arange(time, device=seen.device)[None] if given is None else given
+    front = (seen.cumsum(1) - 1).clamp_min(0)
+    inputs["position_ids"] = torch.cat((front, text + seen.sum(1, keepdim=True)), 1)
 
 
 def strip_prompt(output: Any, length: int, model: nn.Module) -> Any:
