@@ -164,7 +164,7 @@ def _module_sites(model: nn.Module, family: Family | None, heads: list[str], pat
         tokens = input_layer(model)
         role = "embed" if tokens is not None and module.weight is tokens.weight else rest.rsplit(".", 1)[-1]
         found = []
-        if type(module).forward is nn.Embedding.forward:  # some position tables and scaled embeddings are more than a look-up
+        if role == "embed" or type(module).forward is nn.Embedding.forward:  # some position tables are no look-up of ids
             found.append(Site(path, "embedding", role, module.num_embeddings, module.embedding_dim, layer, stack))
         if module is tokens:
             found.append(Site(path, "input", "input", module.embedding_dim, module.embedding_dim))
