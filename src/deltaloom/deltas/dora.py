@@ -24,6 +24,7 @@ from deltaloom.deltas.base import AttachContext, Attachment, Delta, PeftPart, Pe
 from deltaloom.errors import CheckpointError, RefusedError
 from deltaloom.sites import Site, affine_weight
 
+SMALLEST = 1e-12  # of a norm, so that a row of zeros divides by something
 NAMES = {"down": (".lora_A.weight",), "up": (".lora_B.weight",),
          "magnitude": (".lora_magnitude_vector", ".lora_magnitude_vector.weight")}  # the second as PEFT wrote it at first
 
@@ -42,8 +43,9 @@ class DoraDelta(Delta):
         self.up = nn.Parameter(up)
         self.scale = scale
         self.dropout = dropout
-        self.register_buffer("squares", self._weight().float().square().sum(1), persistent=False)
-        self.magnitude = nn.Parameter(self.squares.sqrt())
+        squares = self._weight().double().square().sum(1)
+        self.register_buffer("squares", squares, persistent=False)
+        self.magnitude = nn.Parameter(squares.sqrt().clamp_min(SMALLEST).float())
 
     def _weight(self) -> Tensor:
         return affine_weight(self._frozen[0]).detach()[self._rows]
@@ -54,11 +56,12 @@ class DoraDelta(Delta):
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """The norm of each row of W + s B A, (d_out,) in float32; the products with W are made in W's dtype."""
+        """The norm of each row of W + s B A, (d_out,); the product with W is made in W's dtype, the sums in float64."""
         weight = self._weight()
-        cross = ((weight @ self.down.to(weight.dtype).T).float() * self.up).sum(1)
-        square = ((self.up @ (self.down @ self.down.T)) * self.up).sum(1)
-        return (self.squares + 2 * self.scale * cross + self.scale ** 2 * square).clamp_min(0.0).sqrt()
+        cross = ((weight @ self.down.to(weight.dtype).T).to(self.up.dtype) * self.up).sum(1, dtype=torch.float64)
+        square = ((self.up @ (self.down @ self.down.T)) * self.up).sum(1, dtype=torch.float64)
+        norms = (self.squares + 2 * self.scale * cross + self.scale ** 2 * square).clamp_min(SMALLEST ** 2).sqrt()
+        return norms.to(self.magnitude.dtype)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """y, its part without bias scaled by magnitude / norm, plus the scaled low-rank product."""
@@ -73,7 +76,7 @@ class DoraDelta(Delta):
         """Rows of weight + s B A times magnitude / norm; a bias that other deltas added is scaled with them."""
         dtype = weight.dtype
         change = self.scale * (self.up.detach().to(dtype) @ self.down.detach().to(dtype))
-        norms = (self._weight().to(dtype) + change).norm(dim=1)
+        norms = (self._weight().to(dtype) + change).norm(dim=1).clamp_min(SMALLEST)
         ratio = self.magnitude.detach().to(dtype) / norms
         own = self._bias()
         if bias is not None:

@@ -49,9 +49,7 @@ class Tuned(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if wrappers(model):
-            raise RefusedError("this model carries deltas already", hint="Use `tuned.add(name, methods)` for a further delta, or "
-                               "`tuned.detach()` first.")
+        check_untouched(model)
         self.model = model
         self.routing = Routing()
         self.lanes: dict[str, list[Attached]] = {}
@@ -444,6 +442,13 @@ def restore(model: nn.Module, saved: SavedDelta, name: str = "default") -> Tuned
         tuned = Tuned(model)
         tuned.add_saved(name, saved)
     return tuned
+
+
+def check_untouched(model: nn.Module) -> None:
+    """Refuse a model that carries deltas already: a second set of wrappers around them would not be seen."""
+    if wrappers(model):
+        raise RefusedError("this model carries deltas already", hint="Use `tuned.add(name, methods)` for a further delta, or "
+                           "`tuned.detach()` first.")
 
 
 @contextmanager
