@@ -46,8 +46,9 @@ def gradient_checkpointing(tuned: Tuned, on: bool) -> Iterator[None]:
         raise RefusedError(f"{type(model).__name__} has no gradient checkpointing",
                            hint="Set train.gradient_checkpointing to false.")
     # Not reentrant: works although the embeddings are frozen, and draws the same random numbers again.
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # else the backward pass would go down to the embeddings for nothing
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()

@@ -187,7 +187,8 @@ class Run:
         self.saved_step = progress.step
         self.meter.last_good = str(path)
         self.saving_seconds += time.perf_counter() - began
-        self.emit(Saved(step=progress.step, path=f"{self.folder.name}/{path.name}", bytes=sum(file.stat().st_size for file in path.iterdir())))
+        size = sum(file.stat().st_size for file in path.iterdir())
+        self.emit(Saved(step=progress.step, path=f"{self.folder.name}/{path.name}", bytes=size))
 
     def reason_to_stop(self, stop: StopRequest) -> str | None:
         """Why not to take another step, or None."""
