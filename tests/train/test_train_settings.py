@@ -25,10 +25,10 @@ def test_contradictions_name_every_key(values, keys):
     assert all(key in str(error.value) for key in keys)
 
 
-@pytest.mark.parametrize("values", [{"epochs": 0}, {"max_steps": 0}, {"learning_rate": 0}, {"warmup": 1.0}, {"clip": 0},
-                                    {"max_time": "soon"}, {"max_time": ""}, {"max_time": "0m"}, {"max_time": -1},
-                                    {"eval_every": 0}, {"eval_every": 1.5}, {"save_every": 0.0}, {"betas": (0.9, 1.0)}, {"optimizer": "adam"},
-                                    {"keep_checkpoints": 0}, {"eval_evry": 3}])
+@pytest.mark.parametrize("values", [
+    {"epochs": 0}, {"max_steps": 0}, {"learning_rate": 0}, {"warmup": 1.0}, {"clip": 0}, {"max_time": "soon"}, {"max_time": ""},
+    {"max_time": "0m"}, {"max_time": -1}, {"eval_every": 0}, {"eval_every": 1.5}, {"save_every": 0.0}, {"betas": (0.9, 1.0)},
+    {"optimizer": "adam"}, {"keep_checkpoints": 0}, {"eval_evry": 3}])
 def test_illegal_values_name_their_key(values):
     with pytest.raises(SettingsError) as error:
         TrainSettings(**values)
