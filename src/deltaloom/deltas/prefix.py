@@ -179,7 +179,7 @@ class Prefix(Method):
         with torch.no_grad():
             pairs = [delta.keys_values() for delta in prefixes.values()]
             keys = turned(_transformers(model), sites, [pair[0].float() for pair in pairs], self.length)
-            slots = [x for key, (_, value) in zip(keys, pairs, strict=True) for x in (key, value.float())]
+            slots = [x.detach() for key, (_, value) in zip(keys, pairs, strict=True) for x in (key, value.float())]
         if len({slot.shape for slot in slots}) > 1:
             raise RefusedError("PEFT's prefix needs layers of one shape", got=sorted({tuple(slot.shape) for slot in slots}))
         heads, size = slots[0].shape[1:]
@@ -197,13 +197,14 @@ class Prefix(Method):
         table = adapter.tensors["prompt_embeddings"].float()
         sites = _all_layers(_transformers(model))
         shapes = {attention_shape(model.get_submodule(site.path)) for site in sites}
-        length, width = table.shape
-        if len(shapes) > 1 or width != 2 * len(sites) * (size := next(iter(shapes)))[0] * size[1]:
+        heads, size = next(iter(shapes))
+        if len(shapes) > 1 or table.ndim != 2 or table.shape[1] != 2 * len(sites) * heads * size:
             raise CheckpointError("the adapter's prefix does not fit the layers of this model", got=tuple(table.shape),
                                   legal=f"{len(sites)} layers of {sorted(shapes)} (kv_heads, head_dim), keys and values")
         shift = _learned_positions(model)
         _check_positions(model, shift)
-        slots = table.view(length, 2 * len(sites), *size).unbind(1)
+        length = len(table)
+        slots = table.view(length, 2 * len(sites), heads, size).unbind(1)
         keys = turned(_transformers(model), sites, slots[::2], -length)
         state = {site.name: {"keys": key.contiguous(), "values": value.contiguous()}
                  for site, key, value in zip(sites, keys, slots[1::2], strict=True)}

@@ -75,14 +75,17 @@ class Prompt(Method):
         return Attachment({site: PromptDelta(self._initial(site, context)) for site in sites})
 
     def _initial(self, site: Site, context: AttachContext) -> Tensor:
-        table = _table(context.layer(site))
+        layer = context.layer(site)
+        if not isinstance(layer, nn.Embedding):
+            raise RefusedError("A prompt needs token embeddings", got=type(layer).__name__)
         if self.init == "random":
-            return torch.randn(self.length, site.d_in, generator=context.generator) * table.std() + table.mean()
+            known = _embedded(layer, torch.arange(layer.num_embeddings))
+            return torch.randn(self.length, site.d_in, generator=context.generator) * known.std() + known.mean()
         if self.init == "text":
             ids = text_tokens(context.tokenizer, str(self.text), self.length)
         else:
             ids = vocabulary_tokens(context.model, context.tokenizer, self.length, context.generator)
-        return table[ids.to(table.device)].clone().cpu()
+        return _embedded(layer, ids)
 
     def to_peft(self, attachment: Attachment, model: nn.Module) -> PeftPart:
         """The rows as they are."""
@@ -110,10 +113,10 @@ class Prompt(Method):
         return PeftReading(cls(length=len(rows), init="random"), {site.name: {"prompt": rows}}, frozenset({"prompt_embeddings"}))
 
 
-def _table(layer: nn.Module) -> Tensor:
-    if not isinstance(layer, nn.Embedding):
-        raise RefusedError("A prompt needs token embeddings", got=type(layer).__name__)
-    return layer.weight.detach().float()
+def _embedded(layer: nn.Embedding, ids: Tensor) -> Tensor:
+    """What the model reads for these tokens, not the table's rows: some families scale what they look up."""
+    with torch.no_grad():
+        return layer(ids.to(layer.weight.device)).float().cpu()
 
 
 def _check_reads_embeddings(model: nn.Module) -> None:
