@@ -84,6 +84,7 @@ def test_causal_batches_keep_eos_that_is_also_the_pad_and_have_no_mask():
     assert batch.labels.tolist() == [[-100, 6, 2, -100, -100], [-100, -100, 7, 2, 2]]
     assert (batch.rows, batch.tokens, batch.padded_tokens, batch.lengths.tolist()) == ([4, 7], 8, 10, [3, 5])
     assert batch.to("cpu").inputs["input_ids"].equal(batch.inputs["input_ids"])
+    assert batch.places.tolist() == [0, 1, 6, 7, 8]  # flat positions before a label, none across rows
 
 
 def test_masks_come_from_lengths():

@@ -24,7 +24,8 @@ class Batch:
     """A micro-batch, padded on the right.
 
     `inputs` are keyword arguments of the model, `labels` is (batch, time) or (batch,), None if a row has no target;
-    `lengths` (batch,) are real tokens a row, `tokens` their sum, `padded_tokens` the size with padding.
+    `lengths` (batch,) are real tokens a row, `tokens` their sum, `padded_tokens` the size with padding. `places` (n,), for causal
+    models: the flat positions whose next token is learned (known here, so that an accelerator need not wait to count them).
     """
 
     inputs: dict[str, Tensor]
@@ -32,6 +33,7 @@ class Batch:
     examples: tuple[Example, ...]
     lengths: Tensor
     padded_tokens: int
+    places: Tensor | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -47,7 +49,8 @@ class Batch:
         """The same batch on a device."""
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return replace(self, inputs=inputs, labels=labels, lengths=self.lengths.to(device, non_blocking=True))
+        places = None if self.places is None else self.places.to(device, non_blocking=True)
+        return replace(self, inputs=inputs, labels=labels, lengths=self.lengths.to(device, non_blocking=True), places=places)
 
 
 def plan_steps(lengths: Sequence[int], *, batch_size: int | None = None, batch_tokens: int | None = None, seed: int = 0,
@@ -139,7 +142,14 @@ def collate(examples: Sequence[Example], pad_id: int, kind: Kind, decoder_start:
         shifted = torch.cat([labels.new_full((len(examples), 1), decoder_start), labels[:, :-1]], 1)
         inputs["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, pad_id)
         padded += labels.numel()
-    return Batch(inputs, labels, tuple(examples), torch.tensor([example.length for example in examples]), padded)
+    places = learned_places(labels) if kind == "causal" and labels is not None else None
+    return Batch(inputs, labels, tuple(examples), torch.tensor([example.length for example in examples]), padded, places)
+
+
+def learned_places(labels: Tensor) -> Tensor:
+    """Flat positions (n,) of unshifted labels (batch, time) whose next token is learned."""
+    following = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1)
+    return (following.flatten() != IGNORED).nonzero().squeeze(1)
 
 
 def _labels(examples: Sequence[Example], kind: Kind) -> Tensor | None:
