@@ -96,9 +96,9 @@ def steps(tuned: Tuned, batch: dict[str, Tensor], count: int, lr: float = 1e-2) 
     tuned.eval()
 
 
-def logits(model: nn.Module, layout: str) -> Tensor:
+def logits(model: nn.Module, layout: str, rows: int = 3) -> Tensor:
     with torch.no_grad():
-        return model(**toy_batch(layout)).logits
+        return model(**toy_batch(layout, rows=rows)).logits
 
 
 def state(tuned: Tuned, lane: str | None = None) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ def folded(layer: nn.Module, site: Site, delta: Delta) -> tuple[Tensor, Tensor |
 def affine(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What the layer computes with this weight (d_out, d_in) and bias."""
     if isinstance(layer, nn.Embedding):
-        return functional.embedding(x, weight.T)
+        return functional_call(layer, {"weight": weight.T}, (x,))  # Gemma's scales what it looks up
     if isinstance(layer, (nn.Linear, Conv1D)):
         return functional.linear(x, weight, bias)
     if getattr(layer, "bias", None) is not None:

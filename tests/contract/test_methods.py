@@ -204,21 +204,21 @@ def test_lanes_by_call_and_by_row(case: Case) -> None:
     answers = {}
     for lane in ("a", "b", None):
         with tuned.use(lane):
-            answers[lane] = logits(tuned, case.layout)
+            answers[lane] = logits(tuned, case.layout, rows=4)
     assert not torch.allclose(answers["a"], answers["b"])
-    assert torch.equal(answers[None], logits(toy(case.layout), case.layout))
-    lanes = ["b", None, "a"]
+    assert torch.equal(answers[None], logits(toy(case.layout), case.layout, rows=4))
+    lanes = ["b", None, "b", "a"]
     with tuned.use(lanes):
         if refusal := ROWS_REFUSED.get((case.name, case.layout)):
             with pytest.raises(RefusedError, match=refusal):
-                logits(tuned, case.layout)
+                logits(tuned, case.layout, rows=4)
             return
-        mixed = logits(tuned, case.layout)
+        mixed = logits(tuned, case.layout, rows=4)
     for row, lane in enumerate(lanes):
         assert_near(mixed[row], answers[lane][row], "rows")
     tuned.remove("b")
     with tuned.use("a"):
-        assert torch.equal(logits(tuned, case.layout), answers["a"])
+        assert torch.equal(logits(tuned, case.layout, rows=4), answers["a"])
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.layout != "bert"], ids=[c.id for c in CASES if c.layout != "bert"])

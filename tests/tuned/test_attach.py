@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from deltaloom.deltas.base import AttachContext, Attachment
 from deltaloom.deltas.bitfit import BitFit
 from deltaloom.deltas.bottleneck import Bottleneck
 from deltaloom.deltas.full import Full
 from deltaloom.deltas.lora import LoRA
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError, TargetError
-from deltaloom.sites import all_sites, find_sites
+from deltaloom.sites import Site, all_sites, find_sites
 from deltaloom.tuned import attach
 from deltaloom.tuned.adapted import Adapted
 from tests.contract.cases import assert_same_snapshot, assert_same_tensors, gradients, logits, perturb, snapshot, state
@@ -148,6 +151,44 @@ def test_a_wrapped_layer_inside_a_wrapped_module() -> None:
     with tuned.bare() as bare:
         assert not any(isinstance(module, Adapted) for module in bare.modules())
     tuned.remove("default")
+    assert_same_snapshot(before, snapshot(tuned.detach()))
+
+
+def test_a_wrapped_layer_directly_inside_a_wrapped_module() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.shift = nn.Linear(3, 3), nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) + self.shift
+
+    model = nn.Sequential(Shifted())
+    before = snapshot(model)
+    tuned = attach(model, [Full()])
+    tuned.model(torch.ones(2, 3)).sum().backward()
+    assert tuned.never_ran() == []
+    assert len(gradients(tuned)) == 3
+    assert_same_snapshot(before, snapshot(tuned.detach()))
+
+
+def test_a_failure_while_attaching_leaves_the_model_as_it_was() -> None:
+    class Broken(LoRA):
+        def attach(self, sites: Sequence[Site], context: AttachContext) -> Attachment:
+            made = super().attach(sites, context).deltas
+            (last, delta) = made.popitem()
+            return Attachment({**made, replace(last, path="no.such.layer"): delta})
+
+    model = toy("llama")
+    before = snapshot(model)
+    with pytest.raises(AttributeError, match="no"):
+        attach(model, [Broken()])
+    assert_same_snapshot(before, snapshot(model))
+    tuned = attach(model, [LoRA()], "a")
+    with pytest.raises(AttributeError, match="no"):
+        tuned.add("b", [Broken()])
+    assert tuned.in_use() == ["a"]
+    assert list(tuned.lanes) == ["a"]
     assert_same_snapshot(before, snapshot(tuned.detach()))
 
 
