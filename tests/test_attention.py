@@ -1,4 +1,4 @@
-"""The attention function against eager attention, dense float64 attention written as loops, and prefilled caches."""
+"""The attention function against dense float64 attention written as loops; slots, shapes and refusals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as t
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from deltaloom import attention as attention_module
@@ -17,69 +17,20 @@ from deltaloom.attention import (
     NAME,
     PACKABLE,
     PrefixRows,
-    PrefixSlot,
-    Segments,
     attention,
     attention_shape,
-    check_packable,
     check_supported,
     install,
     prefix_slot,
+    recording,
     set_prefix_slot,
 )
 from deltaloom.errors import RefusedError
+from tests.dense import Fixed, attention_modules, dense_attention, give_prefixes, random_prefix
+from tests.test_attention_packed import DECODER, packable
 from tests.toys import LAYOUTS, MORE_LAYOUTS, toy, toy_batch
 
 ALL = (*LAYOUTS, *MORE_LAYOUTS)
-
-
-# ---------------------------------------------------------------- the dumb oracle
-
-def dense_attention(query, key, value, mask, *, scaling, causal, position_bias=None, softcap=None, sinks=None, rows=None):
-    """Loops over rows, heads and queries in float64; a weight is exp(score) over the sum of all, nothing clever."""
-    batch, heads, time, _ = query.shape
-    group = heads // key.shape[1]
-    out = torch.zeros(batch, time, heads, value.shape[-1], dtype=torch.float64)
-    for b in range(batch):
-        for h in range(heads):
-            keys, values = key[b, h // group].double(), value[b, h // group].double()
-            for q in range(time):
-                scores = keys @ query[b, h, q].double() * scaling
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                if position_bias is not None:
-                    scores = scores + position_bias[min(b, position_bias.shape[0] - 1), h, q].double()
-                if mask is not None:
-                    seen = mask[min(b, len(mask) - 1), min(h, mask.shape[1] - 1), min(q, mask.shape[2] - 1)]
-                    scores = torch.where(seen, scores, -torch.inf) if mask.dtype == torch.bool else scores + seen.double()
-                elif causal and time > 1:
-                    scores = scores[:q + 1]
-                weights, seen_values = scores.exp(), values[:len(scores)]
-                if rows is not None:
-                    own = PrefixRows(*(x if x.dim() == 3 else x[b] for x in (rows.keys, rows.values)))
-                    front = (own.keys[:, h // group].double() @ query[b, h, q].double()) * scaling
-                    if softcap is not None:
-                        front = softcap * torch.tanh(front / softcap)
-                    if rows.log_gate is not None:
-                        front = front + rows.log_gate[b].double()
-                    front = front.exp() if rows.visible is None else front.exp() * rows.visible[b]
-                    weights = torch.cat([front, weights])
-                    seen_values = torch.cat([own.values[:, h // group].double(), seen_values])
-                total = weights.sum() + (0 if sinks is None else sinks[h].double().exp())
-                out[b, q, h] = (weights[:, None] * seen_values).sum(0) / total
-    return out
-
-
-class Fixed(PrefixSlot):
-    """A slot that always gives the same rows."""
-
-    def __init__(self, rows: PrefixRows | None) -> None:
-        self.given = rows
-        self.counts: list[int] = []
-
-    def rows(self, count: int) -> PrefixRows | None:
-        self.counts.append(count)
-        return self.given
 
 
 class Owner(nn.Module):
@@ -96,12 +47,6 @@ def make(batch=2, heads=4, kv_heads=2, time=5, keys=None, width=8, dtype=torch.f
     keys = keys or time
     return (torch.randn(batch, heads, time, width).to(dtype), torch.randn(batch, kv_heads, keys, width).to(dtype),
             torch.randn(batch, kv_heads, keys, width).to(dtype))
-
-
-def random_prefix(length=3, kv_heads=2, width=8, rows=None, seed=5) -> PrefixRows:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (length, kv_heads, width) if rows is None else (rows, length, kv_heads, width)
-    return PrefixRows(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
 
 
 def lanes(rows: int = 2, length: int = 3) -> PrefixRows:
@@ -231,321 +176,6 @@ def test_arguments_that_change_the_result_are_refused(name):
         attend(*make(), **{name: torch.ones(1)})
 
 
-# ---------------------------------------------------------------- models
-
-def oracle_function(module, query, key, value, attention_mask, scaling=None, is_causal=None, position_bias=None,
-                    softcap=None, **_):
-    slot = prefix_slot(module)
-    causal = module.is_causal if is_causal is None else is_causal
-    out = dense_attention(query, key, value, attention_mask, scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-                          causal=causal, position_bias=position_bias, softcap=softcap, rows=slot and slot.rows(query.shape[0]))
-    return out.to(query.dtype), None
-
-
-AttentionInterface.register("oracle", oracle_function)
-AttentionMaskInterface.register("oracle", sdpa_mask)
-
-
-def attention_modules(model: nn.Module, cross: bool = False) -> list[nn.Module]:
-    """Self-attention modules (and cross-attention) in the order of the model."""
-    return [module for name, module in model.named_modules()
-            if attention_module.uses_interface(module) and "Attention" in type(module).__name__
-            and (cross or not any(word in name for word in ("EncDecAttention", "encoder_attn")))]
-
-
-def give_prefixes(model: nn.Module, rows: int | None = None, cross: bool = False, only: slice = slice(None)) -> list[Fixed]:
-    slots = []
-    for index, module in enumerate(attention_modules(model, cross)[only]):
-        kv_heads, width = attention_shape(module)
-        slot = Fixed(random_prefix(3, kv_heads, width, rows, seed=index))
-        set_prefix_slot(module, slot)
-        slots.append(slot)
-    return slots
-
-
-def padded_batch(layout: str, left: bool = False, labels: bool = True) -> dict[str, Tensor]:
-    batch = toy_batch(layout, labels=labels)
-    if layout == "vit":
-        return batch
-    mask = torch.ones_like(batch["input_ids"])
-    if left:
-        mask[1, :3] = 0
-    else:
-        mask[1, -3:] = 0
-    batch["attention_mask"] = mask
-    return batch
-
-
-def real(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """The logits of real tokens: what pads see differs between implementations and never matters."""
-    same = "attention_mask" in batch and logits.shape[:2] == batch["attention_mask"].shape
-    return logits[batch["attention_mask"].bool()] if same else logits
-
-
-@pytest.mark.parametrize("layout", ALL)
-@pytest.mark.parametrize("padded", [False, True])
-def test_models_without_prefix_equal_eager(layout, padded):
-    model = toy(layout)
-    batch = padded_batch(layout) if padded else toy_batch(layout)
-    model.set_attn_implementation("eager")
-    want = model(**batch)
-    assert install(model) == "eager"
-    got = model(**batch)
-    torch.testing.assert_close(real(got.logits, batch), real(want.logits, batch), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("layout", ALL)
-def test_models_in_bf16_equal_eager_within_rounding(layout):
-    exact = toy(layout)
-    batch = padded_batch(layout)
-    want = real(exact(**batch).logits, batch)
-    model = toy(layout, dtype=torch.bfloat16)
-    batch = {name: x.bfloat16() if x.is_floating_point() else x for name, x in batch.items()}
-    errors = []
-    for name in ("eager", NAME):
-        model.set_attn_implementation(name)
-        errors.append((real(model(**batch).logits, batch) - want).abs().mean().item())
-    assert errors[1] < 1.5 * errors[0] + 1e-3
-
-
-@pytest.mark.parametrize("layout", ALL)
-@pytest.mark.parametrize("rows", [None, 3])
-def test_models_with_prefix_equal_dense_attention(layout, rows):
-    model = toy(layout)
-    install(model)
-    batch = padded_batch(layout)
-    plain = real(model(**batch).logits, batch)
-    slots = give_prefixes(model, rows, cross=True)
-    got = real(model(**batch).logits, batch)
-    model.set_attn_implementation("oracle")
-    want = real(model(**batch).logits, batch)
-    assert all(len(slot.counts) == 2 for slot in slots)
-    assert (got - plain).abs().max() > 1e-2, "the prefix changed nothing"
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("layout", ["llama", "gpt2", "qwen3", "phi", "gemma"])
-@pytest.mark.parametrize("left", [False, True])
-def test_prefix_equals_a_prefilled_cache(layout, left):
-    """Keys of a prefix have no position: the same as a cache that holds them, with real tokens at 0, 1, ..."""
-    model = toy(layout)
-    batch = padded_batch(layout, left)
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-    slots = give_prefixes(model)
-    cache = DynamicCache()
-    for layer, slot in enumerate(slots):
-        cache.update(*(x.transpose(0, 1).expand(3, -1, -1, -1) for x in (slot.given.keys, slot.given.values)), layer)
-    mask = torch.cat([torch.ones(3, 3, dtype=torch.long), batch["attention_mask"]], dim=1)
-    model.set_attn_implementation("eager")
-    want = model(batch["input_ids"], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
-    install(model)
-    got = model(batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions).logits
-    torch.testing.assert_close(real(got, batch), real(want, batch), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("layout", ["llama", "gpt2", "t5", "bart", "gemma"])
-@pytest.mark.parametrize("only", [slice(None), slice(0, 1)])
-def test_cached_steps_equal_one_pass(layout, only):
-    """Token by token, in chunks, and in one pass: the prefix is in front on each call and never in the cache."""
-    model = toy(layout)
-    install(model)
-    give_prefixes(model, only=only)
-    ids = toy_batch(layout, labels=False)["input_ids"]
-    source = {"input_ids": ids} if model.config.is_encoder_decoder else {}
-    name = "decoder_input_ids" if source else "input_ids"
-    want = model(**source, **{name: ids}).logits
-    for sizes in ([1] * 7, [4, 3], [1, 6]):
-        cache, pieces = None, []
-        for chunk in ids.split(sizes, dim=1):
-            out = model(**source, **{name: chunk}, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            pieces.append(out.logits)
-        assert cache.get_seq_length() == 7
-        torch.testing.assert_close(torch.cat(pieces, 1), want, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("layout", ["llama", "gpt2", "t5"])
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}])
-def test_generate_with_prefix_equals_no_cache(layout, settings):
-    model = toy(layout)
-    install(model)
-    give_prefixes(model, rows=3)
-    batch = padded_batch(layout, left=True, labels=False)
-    common = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, **settings}
-    got = model.generate(**batch, **common)
-    want = model.generate(**batch, **{**common, "use_cache": False, "cache_implementation": None})
-    assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("layout", ["llama", "gpt2", "bert", "t5"])
-def test_checkpointing_gives_the_same_gradients(layout):
-    grads = []
-    for checkpointing in (False, True):
-        model = toy(layout).train()
-        model.requires_grad_(False)
-        install(model)
-        slots = give_prefixes(model, rows=3)
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        for slot in slots:
-            slot.given.keys.requires_grad_()
-            slot.given.values.requires_grad_()
-        model(**padded_batch(layout)).loss.backward()
-        assert all(len(slot.counts) == 1 + checkpointing for slot in slots)
-        grads.append([x.grad for slot in slots for x in (slot.given.keys, slot.given.values)])
-    for one, other in zip(*grads, strict=True):
-        assert one.abs().sum() > 0
-        torch.testing.assert_close(one, other)
-
-
-def test_sliding_window_keeps_the_prefix_in_sight():
-    config = t.MistralConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                             num_key_value_heads=2, sliding_window=3)
-    torch.manual_seed(0)
-    model = t.MistralForCausalLM(config).eval()
-    ids = toy_batch("llama", labels=False)["input_ids"]
-    model.set_attn_implementation("eager")
-    want = model(ids).logits
-    install(model)
-    torch.testing.assert_close(model(ids).logits, want, atol=1e-5, rtol=1e-5)
-    give_prefixes(model)
-    got = model(ids).logits
-    assert (got - want)[:, -1].abs().max() > 1e-4
-    out, pieces = None, []
-    for step in ids.split(1, dim=1):
-        out = model(step, past_key_values=None if out is None else out.past_key_values, use_cache=True)
-        pieces.append(out.logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), got, atol=1e-5, rtol=1e-5)
-    model.set_attn_implementation("oracle")
-    torch.testing.assert_close(got, model(ids).logits, atol=1e-5, rtol=1e-5)
-    install(model)
-    with pytest.raises(RefusedError, match="window"):
-        model(ids[:1], segments=Segments((4, 3)), position_ids=Segments((4, 3)).positions())
-
-
-@pytest.mark.parametrize("family", ["Gemma2", "GptOss"])
-def test_softcap_and_sinks_equal_eager(family):
-    config = getattr(t, f"{family}Config")(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4,
-                                           num_attention_heads=4, num_key_value_heads=2)
-    torch.manual_seed(0)
-    model = getattr(t, f"{family}ForCausalLM")(config).eval()
-    ids = toy_batch("llama", labels=False)["input_ids"]
-    with torch.no_grad():
-        for module in attention_modules(model):
-            if "sinks" in dict(module.named_parameters()):
-                module.sinks.normal_()
-        model.set_attn_implementation("eager")
-        want = model(ids).logits
-        install(model)
-        torch.testing.assert_close(model(ids).logits, want, atol=1e-5, rtol=1e-5)
-
-
-# ---------------------------------------------------------------- packed segments
-
-DECODER = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-           "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-OTHERS = {
-    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**DECODER)),
-    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**DECODER)),
-    "smollm3": lambda: t.SmolLM3ForCausalLM(t.SmolLM3Config(**DECODER)),
-    "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**DECODER)),
-    "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.0)),
-    "bert": lambda: t.BertForTokenClassification(t.BertConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)),
-    "distilbert": lambda: t.DistilBertForTokenClassification(t.DistilBertConfig(
-        vocab_size=64, dim=16, hidden_dim=24, n_layers=2, n_heads=4)),
-    "roberta": lambda: t.RobertaForTokenClassification(t.RobertaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)),
-}
-LENGTHS = (3, 5, 1, 2, 9, 4)
-
-
-def packable(family: str) -> nn.Module:
-    torch.manual_seed(0)
-    return OTHERS[family]().eval() if family in OTHERS else toy(family)
-
-
-@pytest.mark.parametrize("family", sorted(PACKABLE))
-@pytest.mark.parametrize("prefix", [False, True])
-def test_packed_segments_equal_separate_rows(family, prefix):
-    model = packable(family)
-    check_packable(model)
-    install(model)
-    segments = Segments(LENGTHS)
-    slots = give_prefixes(model, rows=len(LENGTHS)) if prefix else []
-    rows = [slot.given for slot in slots]
-    ids = torch.randint(3, 64, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
-    positions = segments.positions()
-    if family == "roberta":
-        positions = positions + model.config.pad_token_id + 1
-    named = {} if family == "distilbert" else {"position_ids": positions}
-    if family == "distilbert":  # takes no position_ids: its embeddings are given with their positions
-        table = model.distilbert.embeddings
-        embedded = table.LayerNorm(table.word_embeddings(ids) + table.position_embeddings(positions))
-        handle = table.register_forward_hook(lambda module, args, out: embedded if out.shape[1] == ids.shape[1] else out)
-    weights = torch.randn(ids.shape[1], generator=torch.Generator().manual_seed(2))
-
-    model.zero_grad()
-    packed = model(ids, **named, segments=segments).logits
-    (packed[0].logsumexp(-1) * weights).sum().backward()
-    packed_grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    if family == "distilbert":
-        handle.remove()
-
-    model.zero_grad()
-    separate = []
-    for index, chunk in enumerate(ids[0].split(LENGTHS)):
-        for slot, all_rows in zip(slots, rows, strict=True):
-            slot.given = all_rows.select(torch.tensor([index]))
-        separate.append(model(chunk[None]).logits[0])
-    separate_logits = torch.cat(separate)
-    (separate_logits.logsumexp(-1) * weights).sum().backward()
-    torch.testing.assert_close(packed[0], separate_logits, atol=1e-5, rtol=1e-5)
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            torch.testing.assert_close(packed_grads[name], p.grad, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_packed_segments_under_checkpointing_and_in_bf16():
-    segments = Segments(LENGTHS)
-    ids = torch.randint(3, 64, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
-    grads = []
-    for checkpointing in (False, True):
-        model = toy("llama", dtype=torch.bfloat16).train()
-        install(model)
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model(ids, position_ids=segments.positions(), segments=segments).logits.float().square().sum().backward()
-        grads.append(model.model.layers[0].self_attn.q_proj.weight.grad)
-    assert torch.equal(*grads)
-
-
-def test_segments_are_refused_where_they_cannot_be_exact():
-    for layout in ("t5", "bart", "vit"):
-        with pytest.raises(RefusedError, match=model_type(layout)):
-            check_packable(toy(layout))
-    model = toy("llama")
-    install(model)
-    ids = torch.ones(1, 7, dtype=torch.long)
-    for bad in (ids.expand(2, -1), ids[:, :6]):
-        with pytest.raises(RefusedError, match="one row"):
-            model(bad, segments=Segments((4, 3)))
-
-
-def model_type(layout: str) -> str:
-    return toy(layout).config.model_type
-
-
-def test_groups_hold_every_segment_once_with_similar_lengths():
-    lengths = (1, 2, 3, 4, 5, 8, 9, 64, 1000, 40)
-    groups = Segments(lengths).groups()
-    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    for group in groups:
-        sizes = [lengths[index] for index in group]
-        assert max(sizes) <= 2 * min(sizes)
-
-
 # ---------------------------------------------------------------- families, slots, configurations
 
 @pytest.mark.parametrize("family, settings", [
@@ -619,3 +249,18 @@ def test_inner_model_that_bypasses_is_refused():
     model.extra = bloom
     with pytest.raises(RefusedError, match="BloomModel"):
         check_supported(model)
+
+
+def test_recording_gives_the_keys_and_puts_everything_back():
+    model = toy("llama")
+    modules = attention_modules(model)
+    before = model.config._attn_implementation
+    with recording(model, modules) as found:
+        cache = model(**toy_batch("llama", labels=False), use_cache=True).past_key_values
+    assert model.config._attn_implementation == before
+    for layer, module in zip(cache.layers, modules, strict=True):
+        (keys, values), = found[module]
+        assert torch.equal(keys, layer.keys) and torch.equal(values, layer.values)
+    install(model)
+    model(**toy_batch("llama"))
+    assert all(len(calls) == 1 for calls in found.values())
