@@ -50,7 +50,7 @@ def save(tuned: Tuned, folder: Path | str, name: str | None = None, *, base: Map
         RefusedError: the folder is not empty, a delta is merged, or values are not finite. ResourceError: the disk is full.
     """
     lane = name or tuned.name
-    _check_finite(tuned.delta_state(lane))
+    check_finite(tuned.delta_state(lane))
     facts = dict(base or {})
     with tuned.bare() as model:
         facts.setdefault("architecture", type(model).__name__)
@@ -77,7 +77,7 @@ def base_record(facts: Mapping[str, Any]) -> BaseRecord:
 def write(saved: SavedDelta, folder: Path, *, base: BaseRecord, data: Mapping[str, Any] | None = None, seed: int | None = None,
           sites: list[SiteFacts] | None = None, replace: bool = False) -> int:
     """Write a delta that is apart from a model; as `save`."""
-    _check_finite(saved.state)
+    check_finite(saved.state)
     tensors, same = _distinct(saved.state)
     blob = to_bytes(tensors, metadata={"format": "pt"})
     record = DeltaRecord(
@@ -191,7 +191,12 @@ def _integers(value: object) -> list[int]:
     return [number for item in items for number in _integers(item)]
 
 
-def _check_finite(state: Mapping[str, Tensor]) -> None:
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Refuse to write values that no later reader would take.
+
+    Raises:
+        RefusedError: NaN or infinite values, by their names.
+    """
     bad = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise RefusedError("values of the delta are not finite, so that it is not saved", problems=bad[:20])

@@ -66,3 +66,19 @@ def peft_targets(config: Mapping[str, Any], cls: type[Method], model: nn.Module,
 def by_suffix(tensors: Mapping[str, Tensor], *suffixes: str) -> dict[str, Tensor]:
     """The tensors whose names end with one of the suffixes, by what stands before it."""
     return {name.removesuffix(suffix): tensor for suffix in suffixes for name, tensor in tensors.items() if name.endswith(suffix)}
+
+
+def modules_ending(model: nn.Module, names: object) -> list[str]:
+    """The modules that PEFT's modules_to_save names: those whose path ends so, be it in the middle of a word.
+
+    Raises:
+        CheckpointError: not a list of names, or a name that fits nothing (PEFT says nothing then).
+    """
+    if not names:
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise CheckpointError("adapter_config.json: modules_to_save must be a list of names", got=str(names)[:80])
+    paths = [path for path, _ in model.named_modules() if path and any(path.endswith(name) for name in names)]
+    if not paths:
+        raise CheckpointError("no module of this model is one of the adapter's modules_to_save", got=", ".join(names)[:200])
+    return paths

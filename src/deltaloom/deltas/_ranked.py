@@ -122,7 +122,7 @@ def write_peft_config(method: RankedMethod, ranks: Mapping[str, int], scales: Ma
     return {"peft_type": PEFT_TYPE, "r": int(rank), "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
             "lora_dropout": method.dropout, "use_rslora": method.rslora, "use_dora": dora, "fan_in_fan_out": transposed,
             "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
-            "init_lora_weights": True, "target_modules": list(ranks)}
+            "init_lora_weights": True, "bias": "none", "target_modules": list(ranks)}
 
 
 def read_peft_settings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -15,8 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltaloom.deltas.base import AttachContext, Attachment, Delta, Method, layer_indices
+from deltaloom.deltas._peft import modules_ending, whole_sites
+from deltaloom.deltas.base import AttachContext, Attachment, Delta, Method, PeftPart, PeftReading, layer_indices
+from deltaloom.errors import CheckpointError, RefusedError
 from deltaloom.sites import Kind, Site, all_sites, find_sites
+
+PEFT_FIELD = "bias"
+PEFT_NAMES = (".base_layer.bias", ".bias")  # the first in layers that PEFT's own method has wrapped
 
 
 class BitFitDelta(Delta):
@@ -41,6 +46,7 @@ class BitFit(Method):
 
     name: ClassVar[str] = "bitfit"
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "norm")
+    peft_fields: ClassVar[tuple[str, ...]] = (PEFT_FIELD,)
 
     targets: str | tuple[str, ...] = "all"
     """Which layers, among those that can carry a bias (see `new`)."""
@@ -61,3 +67,34 @@ class BitFit(Method):
     def attach(self, sites: Sequence[Site], context: AttachContext) -> Attachment:
         """One increment for each bias."""
         return Attachment({site: BitFitDelta(site.d_out) for site in sites})
+
+    def to_peft(self, attachment: Attachment, model: nn.Module) -> PeftPart:
+        """The `bias` of PEFT's LoRA, which holds the biases themselves."""
+        tensors = {}
+        for site, delta in attachment.deltas.items():
+            bias = model.get_submodule(site.path).bias
+            if not isinstance(delta, BitFitDelta) or not isinstance(bias, Tensor) or site.part is not None:
+                raise RefusedError("PEFT trains whole biases that the model has, no new ones and no parts", got=site.name,
+                                   hint="Keep the native format.")
+            tensors[site.path + PEFT_NAMES[1]] = bias.detach().float() + delta.bias.detach()
+        return PeftPart({PEFT_FIELD: "all"}, tensors)
+
+    @classmethod
+    def from_peft(cls, adapter: PeftPart, model: nn.Module) -> PeftReading | None:
+        """The biases beside PEFT's LoRA, as increments."""
+        saved = {}
+        for suffix in reversed(PEFT_NAMES):
+            for name, tensor in adapter.tensors.items():
+                path = name.removesuffix(suffix)
+                if path != name and not path.endswith(".base_layer"):
+                    saved[path] = (name, tensor)
+        roots = modules_ending(model, adapter.config.get("modules_to_save"))
+        saved = {path: found for path, found in saved.items() if not any(f"{path}.".startswith(f"{root}.") for root in roots)}
+        sites = whole_sites(model, cls, saved)
+        state = {}
+        for path, (name, tensor) in saved.items():
+            bias = model.get_submodule(path).bias
+            if not isinstance(bias, Tensor) or bias.shape != tensor.shape:
+                raise CheckpointError("a bias of the adapter does not fit this model", got=f"{name} {tuple(tensor.shape)}")
+            state[sites[path].name] = {"bias": tensor.float() - bias.detach().float().cpu()}
+        return PeftReading(cls(targets=tuple(saved) or "all"), state, frozenset(name for name, _ in saved.values()))

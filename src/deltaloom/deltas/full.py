@@ -16,9 +16,12 @@ from typing import ClassVar
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from deltaloom.deltas.base import AttachContext, Attachment, Delta, Method, master_copy
-from deltaloom.errors import RefusedError, TargetError
+from deltaloom.deltas._peft import modules_ending, whole_sites
+from deltaloom.deltas.base import AttachContext, Attachment, Delta, Method, PeftPart, PeftReading, master_copy
+from deltaloom.errors import CheckpointError, RefusedError, TargetError
 from deltaloom.sites import Kind, Site
+
+PEFT_FIELD = "modules_to_save"
 
 
 class FullDelta(Delta):
@@ -50,6 +53,7 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding", "norm", "tensors")
+    peft_fields: ClassVar[tuple[str, ...]] = (PEFT_FIELD,)
 
     targets: str | tuple[str, ...] = "all"
     """Which layers. What the model itself never trains (a fixed position table) stays fixed under `all`."""
@@ -81,3 +85,30 @@ class Full(Method):
         if not deltas or (idle and self.targets != "all"):
             raise TargetError("these layers have no tensor that can train", got=len(idle), problems=idle)
         return Attachment(deltas)
+
+    def to_peft(self, attachment: Attachment, model: nn.Module) -> PeftPart:
+        """PEFT's modules_to_save, which are whole layers."""
+        tensors = {f"{site.path}.{key}": tensor.detach()
+                   for site, delta in attachment.deltas.items() for key, tensor in delta.override().items()}
+        return PeftPart({PEFT_FIELD: [site.path for site in attachment.deltas]}, tensors)
+
+    @classmethod
+    def from_peft(cls, adapter: PeftPart, model: nn.Module) -> PeftReading | None:
+        """PEFT's modules_to_save; layers that are as the model has them (PEFT saves heads in any case) need no delta."""
+        roots = modules_ending(model, adapter.config.get(PEFT_FIELD))
+        own = model.state_dict(keep_vars=True)
+        names = [name for name in adapter.tensors if any(name.startswith(f"{root}.") for root in roots)]
+        wrong = [f"{name} {tuple(adapter.tensors[name].shape)}" for name in names
+                 if name not in own or own[name].shape != adapter.tensors[name].shape]
+        if wrong:
+            raise CheckpointError("saved modules of the adapter do not fit this model", problems=wrong[:20])
+        changed = {name for name in names if not own[name].detach().cpu().equal(adapter.tensors[name].to(own[name].dtype))}
+        fixed = sorted(name for name in changed if not isinstance(own[name], nn.Parameter))
+        if fixed:
+            raise RefusedError("the adapter changes buffers of the model, which no delta does", problems=fixed[:20])
+        paths = {name.rpartition(".")[0]: name for name in changed}
+        sites = whole_sites(model, cls, [path for path, _ in model.named_modules() if path in paths])
+        state = {site.name: {key: adapter.tensors[f"{path}.{key}"]
+                             for key, _ in model.get_submodule(path).named_parameters(recurse=False)
+                             if f"{path}.{key}" in adapter.tensors} for path, site in sites.items()}
+        return PeftReading(cls(targets=tuple(sites) or "all"), state, frozenset(names))

@@ -14,10 +14,15 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from deltaloom.deltas.base import AttachContext, Attachment, Delta, Method
-from deltaloom.errors import TargetError
-from deltaloom.sites import Kind, Site
+from deltaloom.deltas._peft import PEFT_COMMON, by_suffix, peft_targets, refuse_fields, whole_sites
+from deltaloom.deltas.base import AttachContext, Attachment, Delta, Method, PeftPart, PeftReading
+from deltaloom.errors import CheckpointError, RefusedError, TargetError
+from deltaloom.sites import Kind, Site, affine_weight
+
+PEFT_TYPE = "IA3"
+PEFT_NAME = ".ia3_l"  # (d_out, 1), or (1, d_in) where the input is scaled
 
 
 class Ia3Delta(Delta):
@@ -49,6 +54,7 @@ class IA3(Method):
 
     name: ClassVar[str] = "ia3"
     kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
+    peft_types: ClassVar[tuple[str, ...]] = (PEFT_TYPE,)
 
     targets: str | tuple[str, ...] = ("k", "v", "down")
     """Which linear layers; keys, values and the mlp's last layer by default."""
@@ -70,3 +76,44 @@ class IA3(Method):
     def _delta(self, site: Site) -> Ia3Delta:
         feedforward = site.role in self.feedforward
         return Ia3Delta(site.d_in if feedforward else site.d_out, feedforward)
+
+    def to_peft(self, attachment: Attachment, model: nn.Module) -> PeftPart:
+        """PEFT's (IA)3; the parts of a fused layer become one vector, with ones for the other parts."""
+        tensors: dict[str, Tensor] = {}
+        feedforward = []
+        for site, delta in attachment.deltas.items():
+            if not isinstance(delta, Ia3Delta):
+                raise RefusedError("this is no (IA)3 vector", got=type(delta).__name__)
+            name, vector = site.path + PEFT_NAME, delta.vector.detach().float()
+            if delta.feedforward:
+                feedforward.append(site.path)
+                tensors[name] = vector[None, :]
+            elif site.part is None:
+                tensors[name] = vector[:, None]
+            else:
+                whole = tensors.setdefault(name, torch.ones(affine_weight(model.get_submodule(site.path)).shape[0], 1))
+                whole[slice(*site.part), 0] = vector
+        paths = [name.removesuffix(PEFT_NAME) for name in tensors]
+        config = {"peft_type": PEFT_TYPE, "target_modules": paths, "feedforward_modules": feedforward, "init_ia3_weights": True,
+                  "fan_in_fan_out": all(isinstance(model.get_submodule(path), Conv1D) for path in paths)}
+        return PeftPart(config, tensors)
+
+    @classmethod
+    def from_peft(cls, adapter: PeftPart, model: nn.Module) -> PeftReading | None:
+        """PEFT's (IA)3; what a vector scales is in its shape."""
+        refuse_fields(adapter.config, PEFT_COMMON | {"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"})
+        vectors = by_suffix(adapter.tensors, PEFT_NAME)
+        if not vectors:
+            raise CheckpointError("the adapter holds no ia3_l")
+        sites = whole_sites(model, cls, vectors)
+        wrong = [f"{path}: {tuple(vector.shape)}" for path, vector in vectors.items()
+                 if tuple(vector.shape) not in ((sites[path].d_out, 1), (1, sites[path].d_in))]
+        if wrong:
+            raise CheckpointError("vectors of the adapter do not fit their layers", problems=wrong[:20])
+        inner = {sites[path].role for path, vector in vectors.items() if vector.shape[0] == 1}
+        if inner & {sites[path].role for path, vector in vectors.items() if vector.shape[0] != 1}:
+            raise RefusedError("the adapter scales the input of some layers and the output of others of one role",
+                               got=", ".join(sorted(inner)))
+        method = cls(targets=peft_targets(adapter.config, cls, model, vectors), feedforward=tuple(sorted(inner)))
+        state = {sites[path].name: {"vector": vector.flatten()} for path, vector in vectors.items()}
+        return PeftReading(method, state, frozenset(path + PEFT_NAME for path in vectors))

@@ -14,8 +14,13 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from deltaloom.deltas.base import AttachContext, Attachment, Delta, Method, master_copy
+from deltaloom.deltas._peft import PEFT_COMMON, peft_targets, refuse_fields, whole_sites
+from deltaloom.deltas.base import AttachContext, Attachment, Delta, Method, PeftPart, PeftReading, master_copy
+from deltaloom.errors import CheckpointError
 from deltaloom.sites import Kind, Site
+
+PEFT_TYPE = "LN_TUNING"
+PEFT_NAME = ".ln_tuning_layers."
 
 
 class NormDelta(Delta):
@@ -40,6 +45,7 @@ class Norms(Method):
 
     name: ClassVar[str] = "norms"
     kinds: ClassVar[tuple[Kind, ...]] = ("norm",)
+    peft_types: ClassVar[tuple[str, ...]] = (PEFT_TYPE,)
 
     targets: str | tuple[str, ...] = "all"
     """Which norms."""
@@ -51,3 +57,25 @@ class Norms(Method):
     def _delta(self, layer: nn.Module) -> NormDelta:
         own = dict(layer.named_parameters(recurse=False))
         return NormDelta(own["weight"], own.get("bias"))
+
+    def to_peft(self, attachment: Attachment, model: nn.Module) -> PeftPart:
+        """PEFT's LN tuning, which holds copies too."""
+        tensors = {f"{site.path}{PEFT_NAME}{key}": tensor.detach()
+                   for site, delta in attachment.deltas.items() for key, tensor in delta.override().items()}
+        return PeftPart({"peft_type": PEFT_TYPE, "target_modules": [site.path for site in attachment.deltas]}, tensors)
+
+    @classmethod
+    def from_peft(cls, adapter: PeftPart, model: nn.Module) -> PeftReading | None:
+        """PEFT's LN tuning."""
+        refuse_fields(adapter.config, PEFT_COMMON)
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in adapter.tensors.items():
+            path, mark, key = name.partition(PEFT_NAME)
+            if mark:
+                found.setdefault(path, {})[key] = tensor
+        if not found:
+            raise CheckpointError("the adapter holds no ln_tuning_layers")
+        sites = whole_sites(model, cls, found)
+        method = cls(targets=peft_targets(adapter.config, cls, model, found))
+        used = frozenset(f"{path}{PEFT_NAME}{key}" for path, tensors in found.items() for key in tensors)
+        return PeftReading(method, {sites[path].name: tensors for path, tensors in found.items()}, used)

@@ -40,7 +40,9 @@ def attach_saved(saved: SavedMethod, context: AttachContext, state: Mapping[str,
     if missing:
         raise CheckpointError(f"{len(missing)} sites of '{saved.method.name}' are not in this model", problems=missing[:20],
                               hint="The delta belongs to another base, or was made for another task.")
-    attachment = saved.method.attach([known[name] for name in saved.sites], context)
+    # a method may add deltas at places that are no targets of its own: it will do so again
+    sites = [known[name] for name in saved.sites if known[name].kind in saved.method.kinds]
+    attachment = saved.method.attach(sites, context)
     prefix = f"{index}:"
     saved.method.fit(attachment, {key.removeprefix(prefix): tuple(tensor.shape) for key, tensor in state.items()
                                   if key.startswith(prefix)})
