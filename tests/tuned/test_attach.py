@@ -170,6 +170,11 @@ def test_a_wrapped_layer_directly_inside_a_wrapped_module() -> None:
     assert tuned.never_ran() == []
     assert len(gradients(tuned)) == 3
     assert_same_snapshot(before, snapshot(tuned.detach()))
+    tuned = attach(model, [Full(targets="re:0")], "outer")
+    tuned.add("inner", [Full(targets="inner")])
+    tuned.model(torch.ones(2, 3)).sum().backward()
+    assert tuned.never_ran() == []
+    assert_same_snapshot(before, snapshot(tuned.detach()))
 
 
 def test_a_failure_while_attaching_leaves_the_model_as_it_was() -> None:
