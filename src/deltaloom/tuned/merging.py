@@ -6,7 +6,7 @@ for very large tensors), and then rounded once to the type that the base is stor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ def merge(tuned: Tuned, name: str | None = None) -> MergeFacts:
         RefusedError: a delta cannot be folded, with the reason; nothing has been changed.
     """
     lane = _lane(tuned, name)
-    _refuse_unfoldable(tuned.pairs(lane))
+    refuse_unfoldable(tuned.pairs(lane))
     errors = _Errors()
     changes = [change for wrapper in wrappers(tuned.model) for change in _fold_layer(wrapper, lane, errors)]
     if not changes:
@@ -142,8 +142,12 @@ def _lane(tuned: Tuned, name: str | None) -> str:
     return lane
 
 
-def _refuse_unfoldable(pairs: list[tuple[Site, Delta]]) -> None:
-    """Everything that cannot be folded for what it is, all at once; single layers may still refuse when they fold."""
+def refuse_unfoldable(pairs: Sequence[tuple[Site, Delta]]) -> None:
+    """Check that every delta is one that can be folded; a single layer may still refuse when it folds.
+
+    Raises:
+        RefusedError: all those that cannot for what they are, with the reasons.
+    """
     problems = []
     for site, delta in pairs:
         if isinstance(delta, PrefixDelta | InputDelta):
@@ -158,16 +162,23 @@ def _refuse_unfoldable(pairs: list[tuple[Site, Delta]]) -> None:
 
 
 @torch.no_grad()
-def _fold_layer(wrapper: Adapted, lane: str, errors: _Errors) -> list[_Change]:
-    items = wrapper.items(lane)
-    base = wrapper.base
-    own = dict(base.named_parameters(recurse=False))
+def exact_tensors(wrapper: Adapted, items: Sequence[tuple[Site, Delta]]) -> dict[str, Tensor]:
+    """The tensors that a layer has with these deltas, in high precision and in the layer's own orientation; only changed ones.
+
+    Raises:
+        RefusedError: a delta cannot be folded, with the reason.
+    """
+    own = dict(wrapper.base.named_parameters(recurse=False))
     exact: dict[str, Tensor] = {key: tensor.detach() for _, delta in items for key, tensor in delta.override().items()}
     folding = [(site, delta) for site, delta in items if not delta.override()]
-    if folding:
-        exact |= _folded(wrapper, own, exact, folding)
+    return exact | _folded(wrapper, own, exact, folding) if folding else exact
+
+
+@torch.no_grad()
+def _fold_layer(wrapper: Adapted, lane: str, errors: _Errors) -> list[_Change]:
+    own = dict(wrapper.base.named_parameters(recurse=False))
     changes = []
-    for key, tensor in exact.items():
+    for key, tensor in exact_tensors(wrapper, wrapper.items(lane)).items():
         old = own.get(key)
         stored = tensor.to(own["weight"].dtype if old is None and "weight" in own else tensor.dtype if old is None else old.dtype)
         if not bool(stored.isfinite().all()):
@@ -183,7 +194,7 @@ def _fold_layer(wrapper: Adapted, lane: str, errors: _Errors) -> list[_Change]:
 
 
 def _folded(wrapper: Adapted, own: Mapping[str, Tensor], overrides: Mapping[str, Tensor],
-            items: list[tuple[Site, Delta]]) -> dict[str, Tensor]:
+            items: Sequence[tuple[Site, Delta]]) -> dict[str, Tensor]:
     """The tensors that folding changes, in high precision and in the layer's own orientation."""
     base, path = wrapper.base, wrapper.path
     weight = overrides.get("weight", own.get("weight"))

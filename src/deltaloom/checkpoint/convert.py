@@ -1,0 +1,229 @@
+"""Deltas as plain low-rank ones, and weighted sums of deltas: exact by concatenating ranks, truncated only when asked to.
+
+A sum of changes is a sum of matrices: sum w (B A) has the factors [w1 B1, w2 B2, ...] and [A1; A2; ...]. Summing A and B each
+for themselves, as is common, is not it: the cross terms make relative errors of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from deltaloom.checkpoint import native
+from deltaloom.checkpoint.peft import is_peft_folder, load_peft
+from deltaloom.deltas._ranked import exceptions
+from deltaloom.deltas.base import Delta, LowRankDelta
+from deltaloom.deltas.lora import LoRA
+from deltaloom.errors import RefusedError, SettingsError
+from deltaloom.sites import Site, affine_weight
+from deltaloom.tuned import Attached, SavedDelta, SavedMethod, Tuned, restore
+from deltaloom.tuned.adapted import Adapted, wrappers
+from deltaloom.tuned.merging import exact_tensors, refuse_unfoldable
+
+NEGLIGIBLE = 1e-7  # singular values below this share of the largest one are rounding, for tensors kept in float32
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A low-rank delta, and the norm of what is missing in its changes over the norm of the changes."""
+
+    saved: SavedDelta
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A change up @ down of the layer at a path."""
+
+    down: Tensor
+    up: Tensor
+
+
+def to_lora(tuned: Tuned, name: str | None = None, rank: int | None = None) -> Converted:
+    """A lane as one plain low-rank delta, with its heads as they are.
+
+    Low-rank deltas keep their ranks and lose nothing; any other affine change of a weight gets the rank that it has, by its
+    singular values. `rank` truncates every layer to it.
+
+    Raises:
+        RefusedError: a delta is not an affine change, or changes more than weights of affine layers and embeddings.
+    """
+    if tuned.merged is not None:
+        raise RefusedError("a delta is merged into the weights", got=tuned.merged, hint="Call `tuned.unmerge()` first.")
+    heads = [attached for attached in tuned.attached(name) if _is_kept(attached)]
+    return _truncated(_pairs(tuned, name or tuned.name, heads), rank, _head_parts(heads))
+
+
+def combine(tuned: Tuned, weights: Mapping[str, float], rank: int | None = None) -> Converted:
+    """The weighted sum of several lanes as one low-rank delta; of heads, the weighted sum of their changes.
+
+    Raises:
+        RefusedError: a delta is not an affine change, or the lanes have different heads. SettingsError: a weight is no number.
+    """
+    if not weights:
+        raise SettingsError("no delta is given to combine")
+    bad = [f"{lane}: {weight}" for lane, weight in weights.items() if not abs(weight) < float("inf")]
+    if bad:
+        raise SettingsError("weights must be finite numbers", problems=bad)
+    if tuned.merged is not None:
+        raise RefusedError("a delta is merged into the weights", got=tuned.merged, hint="Call `tuned.unmerge()` first.")
+    heads = {lane: [attached for attached in tuned.attached(lane) if _is_kept(attached)] for lane in weights}
+    found: dict[str, list[_Pair]] = {}
+    for lane, weight in weights.items():
+        for path, pair in _pairs(tuned, lane, heads[lane]).items():
+            found.setdefault(path, []).append(_Pair(pair.down, pair.up * weight))
+    pairs = {path: _Pair(torch.cat([pair.down for pair in several]), torch.cat([pair.up for pair in several], 1))
+             for path, several in found.items()}
+    return _truncated(pairs, rank, _summed_heads(tuned, heads, weights))
+
+
+def combine_folders(model: nn.Module, folders: Sequence[Path], weights: Sequence[float], rank: int | None = None) -> Converted:
+    """The weighted sum of saved deltas (native or PEFT's) of one base; the model is given back as it was.
+
+    Raises:
+        CheckpointError: a folder is damaged or belongs to another base. RefusedError, SettingsError: as `combine`.
+    """
+    if len(folders) != len(weights) or not folders:
+        raise SettingsError("each delta needs one weight", got=f"{len(folders)} deltas, {len(weights)} weights")
+    tuned: Tuned | None = None
+    try:
+        for index, folder in enumerate(folders):
+            target = model if tuned is None else tuned
+            tuned = (load_peft if is_peft_folder(folder) else native.load)(target, folder, f"d{index}")
+        if tuned is None:
+            raise SettingsError("no delta is given to combine")
+        return combine(tuned, {f"d{index}": weight for index, weight in enumerate(weights)}, rank)
+    finally:
+        if tuned is not None:
+            tuned.detach()
+
+
+def put_back(model: nn.Module, converted: Converted, name: str = "default") -> Tuned:
+    """The converted delta on its base, for instance to write it to PEFT's files."""
+    return restore(model, converted.saved, name)
+
+
+# ---- the changes of layers ----------------------------------------------------------------------------------------------
+
+
+def _is_kept(attached: Attached) -> bool:
+    """Whether a method replaces nothing but heads: those are kept, a head is no low-rank change."""
+    deltas = attached.attachment.deltas
+    return attached.is_head or all(site.role == "head" and delta.override() for site, delta in deltas.items())
+
+
+@torch.no_grad()
+def _pairs(tuned: Tuned, lane: str, heads: Sequence[Attached]) -> dict[str, _Pair]:
+    """The change of each layer by the deltas of a lane that are no heads, as two factors."""
+    kept = {id(delta) for attached in heads for delta in attached.attachment.deltas.values()}
+    moving = [(site, delta) for site, delta in tuned.pairs(lane) if id(delta) not in kept]
+    if not moving:
+        raise RefusedError("nothing but heads has been changed", got=lane, hint="Keep the native format.")
+    refuse_unfoldable(moving)
+    pairs = {}
+    for wrapper in wrappers(tuned.model):
+        items = [(site, delta) for site, delta in wrapper.items(lane) if id(delta) not in kept]
+        if items:
+            whole = len(items) == len(wrapper.items(lane))
+            pairs[wrapper.path] = _thin_pair(wrapper, items) or _dense_pair(wrapper, items, whole)
+    return pairs
+
+
+def _thin_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]]) -> _Pair | None:
+    """The factors of low-rank deltas, side by side; None if there are others."""
+    downs, ups = [], []
+    d_out = affine_weight(wrapper.base).shape[0] if all(isinstance(delta, LowRankDelta) for _, delta in items) else 0
+    for site, delta in items:
+        if not isinstance(delta, LowRankDelta):
+            return None
+        down, scale, up = (factor.detach().float() for factor in delta.factors())
+        start, stop = site.part or (0, d_out)
+        downs.append(down)
+        ups.append(functional.pad(up * scale, (0, 0, start, d_out - stop)))
+    return _Pair(torch.cat(downs), torch.cat(ups, 1))
+
+
+def _dense_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]], whole: bool) -> _Pair:
+    """The change of a layer's weight by its singular values, all of them that are more than rounding."""
+    path, own = wrapper.path, dict(wrapper.base.named_parameters(recurse=False))
+    exact = exact_tensors(wrapper, items)
+    others = [key for key, tensor in exact.items() if key != "weight" and (key not in own or not torch.equal(
+        tensor.double(), own[key].detach().double()))]
+    if others or own["weight"].ndim != 2 or not whole:
+        reason = f"the {', '.join(others)} of a layer" if others else "a norm" if whole else "a layer that is replaced as well"
+        raise RefusedError(f"a low-rank delta cannot change {reason}", got=path, hint="Keep the native format, or merge.")
+    change = exact.get("weight", own["weight"]).double() - own["weight"].detach().double()
+    change = change.T if isinstance(wrapper.base, Conv1D | nn.Embedding) else change
+    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    rank = max(1, int((s > NEGLIGIBLE * s[0]).sum()))
+    root = s[:rank].sqrt()
+    return _Pair((root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float())
+
+
+@torch.no_grad()
+def _truncated(pairs: Mapping[str, _Pair], rank: int | None, heads: Iterable[tuple[SavedMethod, dict[str, Tensor]]]) -> Converted:
+    """One low-rank method with these factors (scale 1), cut to a rank, and the heads behind it."""
+    missing = total = 0.0
+    kept: dict[str, _Pair] = {}
+    for path, pair in pairs.items():
+        if rank is None or pair.down.shape[0] <= rank:
+            kept[path] = pair
+            total += float(((pair.up.double().T @ pair.up.double()) * (pair.down.double() @ pair.down.double().T)).sum())
+            continue
+        left, upper = torch.linalg.qr(pair.up.double())
+        right, lower = torch.linalg.qr(pair.down.double().T)
+        u, s, v = torch.linalg.svd(upper @ lower.T)
+        root = s[:rank].sqrt()
+        kept[path] = _Pair((root[:, None] * v[:rank] @ right.T).float(), (left @ u[:, :rank] * root).float())
+        missing += float(s[rank:].square().sum())
+        total += float(s.square().sum())
+    ranks = {path: pair.down.shape[0] for path, pair in kept.items()}
+    common, patterns = exceptions(ranks)
+    method = LoRA(rank=int(common), alpha=common, rank_pattern=patterns, alpha_pattern=patterns, targets=tuple(kept))
+    state = {f"0:{path}:{key}": tensor.contiguous() for path, pair in kept.items()
+             for key, tensor in (("down", pair.down), ("up", pair.up))}
+    methods = [SavedMethod(method, tuple(kept))]
+    for part, tensors in heads:
+        state |= {f"{len(methods)}:{key}": tensor for key, tensor in tensors.items()}
+        methods.append(part)
+    return Converted(SavedDelta(tuple(methods), state), (missing / total) ** 0.5 if total > 0 else 0.0)
+
+
+# ---- heads --------------------------------------------------------------------------------------------------------------
+
+
+def _head_parts(heads: Sequence[Attached]) -> list[tuple[SavedMethod, dict[str, Tensor]]]:
+    return [(SavedMethod(attached.method, tuple(site.name for site in attached.attachment.deltas), attached.is_head),
+             {f"{place}:{key}": tensor.detach() for place, module in attached.named_deltas()
+              for key, tensor in module.state_dict().items()}) for attached in heads]
+
+
+@torch.no_grad()
+def _summed_heads(tuned: Tuned, heads: Mapping[str, list[Attached]],
+                  weights: Mapping[str, float]) -> list[tuple[SavedMethod, dict[str, Tensor]]]:
+    """base + sum of weight * (head - base), for heads that all lanes have alike."""
+    parts = {lane: _head_parts(found) for lane, found in heads.items()}
+    shapes = {lane: [(part.sites, {key: tensor.shape for key, tensor in tensors.items()}) for part, tensors in found]
+              for lane, found in parts.items()}
+    first = next(iter(parts.values()))
+    other = [lane for lane, found in shapes.items() if found != next(iter(shapes.values()))]
+    if other:
+        raise RefusedError("the deltas have different heads, which have no sum", got=", ".join(other),
+                           hint="Combine deltas of one task.")
+    with tuned.bare() as model:
+        base = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+    summed = []
+    for index, (part, tensors) in enumerate(first):
+        total = {}
+        for key in tensors:
+            path, _, own = key.rpartition(":")
+            start = base[f"{path}.{own}"]
+            total[key] = start + sum(weight * (parts[lane][index][1][key].float() - start) for lane, weight in weights.items())
+        summed.append((part, total))
+    return summed
