@@ -17,7 +17,7 @@ from deltaloom.deltas.base import PeftPart, PrefixDelta
 from deltaloom.deltas.lora import LoRA
 from deltaloom.deltas.prefix import Prefix
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError
-from deltaloom.tuned import Tuned, attach
+from deltaloom.tuned import Tuned, attach, restore
 from tests.contract.cases import perturb, steps
 from tests.toys import toy, toy_batch
 
@@ -117,7 +117,10 @@ def test_vocabulary_starts_from_random_tokens_by_seed_and_a_short_text_begins_ag
 
     assert torch.equal(keys(1, init="vocabulary"), keys(1, init="vocabulary"))
     assert not torch.equal(keys(1, init="vocabulary"), keys(2, init="vocabulary"))
-    assert keys(1, init="vocabulary").std() > 5 * keys(1).std() > 0
+    assert torch.equal(keys(1), keys(1, init="vocabulary"))
+    assert keys(1).std() > 5 * keys(1, init="random").std() > 0
+    image = attach(toy("vit"), [Prefix(length=6)]).pairs()[0][1].keys_values()[0]
+    assert 0.015 < image.std() < 0.025, "a model without tokens starts from small random values"
     assert torch.equal(keys(0, init="text", text="5 9 5 9 5 9"), keys(0, init="text", text="5 9"))
     assert torch.equal(keys(0, init="text", text="5 9 5 9 5 9 40"), keys(0, init="text", text="5 9"))
 
@@ -306,6 +309,13 @@ def test_the_network_is_in_the_state_once_and_goes_on_from_it() -> None:
     for one in (tuned, other):
         steps(one, toy_batch("llama"), 2)
     assert all(torch.equal(tensor, other.delta_state()[key]) for key, tensor in tuned.delta_state().items())
+
+
+def test_a_saved_one_comes_back_without_the_text_it_began_with() -> None:
+    tuned = as_prefix(toy("llama"))
+    with torch.no_grad():
+        want = tuned(**toy_batch("llama")).logits
+        assert torch.equal(restore(toy("llama"), tuned.saved())(**toy_batch("llama")).logits, want)
 
 
 # ---------------------------------------------------------------- PEFT

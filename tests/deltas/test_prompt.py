@@ -13,7 +13,7 @@ from deltaloom.deltas.lora import LoRA
 from deltaloom.deltas.prompt import Prompt
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError
 from deltaloom.generate import generate, stream
-from deltaloom.tuned import Tuned, attach
+from deltaloom.tuned import Tuned, attach, restore
 from tests.contract.cases import perturb, steps
 from tests.deltas.test_prefix import TEXT, Words, part_of, peft_steps, taken, task_of, to_peft
 from tests.test_generate import PROMPTS, TOKENIZER
@@ -118,6 +118,13 @@ def test_state_comes_back_and_other_methods_compose() -> None:
         assert torch.equal(other(**toy_batch("llama")).logits, tuned(**toy_batch("llama")).logits)
     with pytest.raises(RefusedError, match="PromptDelta"):
         tuned.merge()
+
+
+def test_a_saved_one_comes_back_without_the_text_it_began_with() -> None:
+    tuned = as_prompt("llama")
+    with torch.no_grad():
+        want = tuned(**toy_batch("llama")).logits
+        assert torch.equal(restore(toy("llama"), tuned.saved())(**toy_batch("llama")).logits, want)
 
 
 # ---------------------------------------------------------------- PEFT

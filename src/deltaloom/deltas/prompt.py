@@ -78,6 +78,8 @@ class Prompt(Method):
         layer = context.layer(site)
         if not isinstance(layer, nn.Embedding):
             raise RefusedError("A prompt needs token embeddings", got=type(layer).__name__)
+        if context.loading:
+            return torch.zeros(self.length, site.d_in)
         if self.init == "random":
             known = _embedded(layer, torch.arange(layer.num_embeddings))
             return torch.randn(self.length, site.d_in, generator=context.generator) * known.std() + known.mean()
