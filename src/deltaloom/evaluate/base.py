@@ -13,7 +13,7 @@ from deltaloom.data.encode import Example
 from deltaloom.data.labels import LabelMap
 from deltaloom.data.rows import Row
 from deltaloom.data.settings import DataSettings
-from deltaloom.errors import SettingsError
+from deltaloom.errors import RefusedError, SettingsError
 from deltaloom.evaluate.metrics import bootstrap
 from deltaloom.registry import class_named, names_in
 
@@ -95,6 +95,14 @@ class Task(ABC):
     def tables(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
         """Metrics by class or the like, as named lists of records; none by default."""
         return {}
+
+    def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The token ids that the model writes its answer to, for tasks whose answer is a text.
+
+        Raises:
+            RefusedError: the task's answers are not written.
+        """
+        raise RefusedError(f"the answers of task {self.name} are not texts that a model writes")
 
     def shown(self, prediction: Prediction) -> str:
         """A prediction as a short text for people."""

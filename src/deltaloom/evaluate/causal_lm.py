@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from deltaloom.architectures import FAMILIES
 from deltaloom.data.batches import Batch, collate, learned_places
-from deltaloom.data.encode import Example, encode_causal
+from deltaloom.data.encode import Example, encode_causal, encode_prompts
 from deltaloom.data.rows import Row
 from deltaloom.errors import RefusedError
 from deltaloom.evaluate._language import language_figures, language_measures, language_shown, row_losses
@@ -33,6 +33,10 @@ class CausalLM(Task):
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Token ids with the learned ones marked."""
         return encode_causal(rows, self.tokenizer, self.max_length)
+
+    def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The unlearned start of each row."""
+        return encode_prompts(rows, self.tokenizer)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Right-padded ids without a mask."""
@@ -74,7 +78,7 @@ def causal_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tenso
         hidden, head = hidden_and_head(model, batch.inputs)
         chosen = hidden.flatten(0, 1)[places]
         # an exact type and not isinstance: a wrapper or a subclass may compute something else
-        if type(head) is nn.Linear and not head.weight.requires_grad:
+        if type(head) is nn.Linear:
             return token_losses(chosen, head.weight, head.bias, wanted), places, labels
         scores = head(chosen)
     else:

@@ -30,6 +30,11 @@ class Seq2SeqLM(Task):
         """Token ids of the encoder's and the decoder's side."""
         return encode_seq2seq(rows, self.tokenizer, self.max_length)
 
+    def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The encoder's inputs."""
+        texts = [row.source for row in rows]
+        return [list(ids) for ids in self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids]
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Both sides padded on the right; the decoder reads its labels moved by one."""
         return collate(examples, self.pad_id, "seq2seq", self.config.decoder_start_token_id)

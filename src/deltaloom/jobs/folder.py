@@ -1,0 +1,66 @@
+"""The run folder: what may be written where, and the files that every run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from deltaloom.errors import RefusedError, SettingsError
+from deltaloom.events import finite
+from deltaloom.files import disk_errors, write_atomic
+
+# What a run writes; --overwrite removes these and leaves anything else alone.
+OWN = ("run.yaml", "environment.json", "events.jsonl", "metrics.json", "report.html", "delta", "checkpoints",
+       "predictions.jsonl", "README.md", "tensorboard")
+
+
+def open_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make the run folder ready.
+
+    Raises:
+        SettingsError: --resume together with --overwrite. RefusedError: the folder holds something and neither was given,
+        or it cannot be written.
+    """
+    if resume and overwrite:
+        raise SettingsError("--resume and --overwrite exclude each other")
+    if path.exists() and not path.is_dir():
+        raise RefusedError("the output is a file, not a folder", got=str(path), hint="Choose another output.")
+    if path.is_dir() and any(path.iterdir()) and not resume:
+        if not overwrite:
+            raise RefusedError("the output folder is not empty", got=str(path),
+                               hint="Go on with --resume, replace it with --overwrite, or choose another output.")
+        foreign = [item.name for item in path.iterdir() if item.name not in OWN and not item.name.startswith(".")]
+        if foreign and not (path / "run.yaml").exists():
+            raise RefusedError("the output folder holds files that no run wrote", got=foreign[:5],
+                               hint="--overwrite replaces earlier runs only; choose another output.")
+    with disk_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except PermissionError:
+            raise RefusedError("the output folder cannot be made", got=str(path),
+                               hint="Choose one that you may write to.") from None
+    if not os.access(path, os.W_OK):
+        raise RefusedError("the output folder cannot be written", got=str(path), hint="Choose one that you may write to.")
+
+
+def clear_folder(path: Path) -> None:
+    """Remove what an earlier run left; called when everything has been checked and the new run is about to begin."""
+    for name in OWN:
+        item = path / name
+        if item.is_dir():
+            shutil.rmtree(item)
+        else:
+            item.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """One JSON object, indented, NaN as null."""
+    write_atomic(path, json.dumps(finite(values), ensure_ascii=False, indent=1) + "\n")
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())

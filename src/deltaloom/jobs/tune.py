@@ -1,0 +1,269 @@
+"""The main job: train a delta as a run file says, evaluate it, save it, write the report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaloom.checkpoint import native
+from deltaloom.checkpoint.peft import write_peft
+from deltaloom.checkpoint.record import DeltaRecord, read_record
+from deltaloom.data.labels import LabelMap
+from deltaloom.deltas.base import method_record
+from deltaloom.errors import RefusedError
+from deltaloom.evaluate.base import Prediction
+from deltaloom.events import Attached, DataRead, Emitter, JsonLines, Sampled, Sink, Warned, finite
+from deltaloom.files import write_atomic
+from deltaloom.jobs.doctor import environment
+from deltaloom.jobs.estimate import flops_per_token, matmul_rate
+from deltaloom.jobs.folder import clear_folder, folder_bytes, open_folder, write_json
+from deltaloom.jobs.prepare import DTYPES, Prepared, Say, head_methods, parse_parts, prepare
+from deltaloom.jobs.runfile import Run, resolved_yaml
+from deltaloom.jobs.scoring import Scores, answers, class_rows, majority, score, shown_rows
+from deltaloom.report.card import model_card
+from deltaloom.report.facts import read_run
+from deltaloom.report.page import write_report
+from deltaloom.report.terminal import TerminalProgress
+from deltaloom.report.text import byte_size, count, figure, table_text
+from deltaloom.sites import all_sites
+from deltaloom.train.checkpoints import Checkpoint, latest_checkpoint
+from deltaloom.train.feed import ExampleFeed
+from deltaloom.train.loop import train
+from deltaloom.train.progress import Goal
+from deltaloom.train.run import TrainResult
+from deltaloom.tuned import Tuned, attach, restore
+
+LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mae")
+
+
+@dataclass
+class Before:
+    """What the untuned model does: to compare with."""
+
+    scores: Scores
+    answers: list[str]
+
+
+def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = print,
+         sinks: Sequence[Sink] = ()) -> dict[str, Any]:
+    """Train, evaluate, save; gives back what metrics.json holds.
+
+    `say` takes lines for people, `sinks` receive every event besides the run folder and the terminal.
+
+    Raises:
+        DeltaloomError: of the kind that says what happened; what was complete before is still there.
+    """
+    parts = parse_parts(run)
+    folder = Path(run.file.output or f"runs/{run.name}")
+    open_folder(folder, resume=resume, overwrite=overwrite)
+    record = read_record(delta_folder(parts.continued)) if parts.continued else None
+    known = LabelMap(tuple(record.base.labels)) if record is not None and record.base.labels else None
+    prepared = prepare(run, parts, say=say, known=known, old_facts=record.data if record is not None else None)
+    if not resume:
+        clear_folder(folder)
+    with ExitStack() as stack:
+        progress = stack.enter_context(TerminalProgress())
+        early: list[Any] = []
+        checkpoint = latest_checkpoint(folder / "checkpoints", Emitter([early.append])) if resume else None
+        if checkpoint is not None:
+            checkpoint.rewind(folder / "events.jsonl")
+        log = JsonLines(folder / "events.jsonl")
+        stack.callback(log.close)
+        emit = Emitter([log, *_tensorboard(run, folder, stack), *sinks, progress])
+        for event in early:
+            emit(event)
+        return _run(prepared, record, folder, checkpoint, emit, say)
+
+
+def delta_folder(path: Path) -> Path:
+    """The delta's folder of a run folder, or the folder itself."""
+    return path / "delta" if (path / "delta" / "delta.json").is_file() else path
+
+
+def _run(prepared: Prepared, record: DeltaRecord | None, folder: Path, checkpoint: Checkpoint | None, emit: Emitter,
+         say: Say) -> dict[str, Any]:
+    run, parts = prepared.run, prepared.parts
+    before = _before(prepared)
+    total = sum(parameter.numel() for parameter in prepared.loaded.model.parameters())
+    tuned = _attached(prepared, record)
+    resolved = _resolved(prepared, tuned)
+    write_atomic(folder / "run.yaml", resolved_yaml(resolved, run.origins))
+    write_json(folder / "environment.json", environment() | {"threads": torch.get_num_threads(), "precision": prepared.precision})
+    deltas, heads = tuned.counts()
+    label_share = prepared.facts["learned_tokens"] / max(prepared.facts["tokens"], 1)
+    flops = flops_per_token(_untouched_sites(tuned), deltas + heads, label_share)
+    if checkpoint is None:
+        _announce(prepared, tuned, total, emit)
+    say(f"Delta: {count(deltas)} parameters ({deltas / total:.2%} of the model's {count(total)})"
+        + (f", and a head of {count(heads)}" if heads else ""))
+    result = train(
+        tuned, prepared.task, _feed(prepared), settings=parts.train, emit=emit, seed=run.file.seed,
+        evaluate=_evaluation(prepared) if prepared.held else None, goal=Goal(*_goal(prepared)), folder=folder / "checkpoints",
+        log=folder / "events.jsonl", resume=checkpoint, identity=_identity(prepared),
+        floor_rate=matmul_rate(DTYPES[prepared.precision]) / flops)
+    return _finish(prepared, tuned, result, before, folder, emit, say, total=total, flops=flops, resolved=resolved,
+                   started=(deltas, heads))
+
+
+def _before(prepared: Prepared) -> Before:
+    rows = _held_rows(prepared)
+    scores = score(prepared.task, prepared.loaded.model, prepared.held, rows)
+    chosen = shown_rows(prepared.task, rows)
+    return Before(scores, answers(prepared.task, prepared.loaded.model, rows[:len(chosen)], prepared.held[:len(chosen)]))
+
+
+def _attached(prepared: Prepared, record: DeltaRecord | None) -> Tuned:
+    """New deltas, or those of an earlier run, on the loaded model."""
+    loaded, seed = prepared.loaded, prepared.run.file.seed
+    if prepared.parts.continued is None:
+        methods = prepared.parts.methods
+        return attach(loaded.model, methods, heads=head_methods(loaded, methods), tokenizer=loaded.tokenizer, seed=seed)
+    saved, found = native.read(delta_folder(prepared.parts.continued))
+    native.check_base(loaded.model, found.base, loaded.fingerprint)
+    if record is not None and record.base.task != prepared.task.name:
+        raise RefusedError("the delta was trained for another task", got=prepared.task.name, legal=record.base.task)
+    return restore(loaded.model, saved)
+
+
+def _feed(prepared: Prepared) -> ExampleFeed:
+    rows = prepared.rows.train.rows
+    return ExampleFeed(prepared.examples, prepared.task.collate, prepared.parts.train, seed=prepared.run.file.seed,
+                       place=lambda index: rows[index].where)
+
+
+def _evaluation(prepared: Prepared) -> Callable[[Tuned], dict[str, float]]:
+    return lambda tuned: score(prepared.task, tuned, prepared.held, _held_rows(prepared)).metrics
+
+
+def _goal(prepared: Prepared) -> tuple[str, bool]:
+    task = prepared.task
+    metric = prepared.parts.train.metric or task.primary
+    return metric, task.higher_is_better if metric == task.primary else metric not in LOWER_IS_BETTER
+
+
+def _identity(prepared: Prepared) -> dict[str, str]:
+    """What a resumed run must share: model, data, methods and seed."""
+    digest = hashlib.sha256()
+    for example in prepared.examples:
+        digest.update(repr((example.input_ids, example.labels)).encode())
+    methods = json.dumps([method_record(method) for method in prepared.parts.methods], sort_keys=True)
+    return {"model": prepared.loaded.fingerprint, "data": digest.hexdigest()[:16], "deltas": methods,
+            "task": prepared.task.name, "seed": str(prepared.run.file.seed)}
+
+
+def _announce(prepared: Prepared, tuned: Tuned, total: int, emit: Emitter) -> None:
+    """The facts that the report begins with."""
+    emit(DataRead(facts=prepared.facts))
+    deltas, heads = tuned.counts()
+    emit(Attached(table=site_table(tuned), delta_parameters=deltas, head_parameters=heads, total_parameters=total))
+    for kind, message in prepared.notes:
+        emit(Warned(kind=kind, message=message))
+
+
+def site_table(tuned: Tuned) -> list[dict[str, Any]]:
+    """One row for each method and role: how many sites, how many parameters, examples."""
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for index, attached in enumerate(tuned.attached()):
+        for site, delta in attached.attachment.deltas.items():
+            row = rows.setdefault((index, site.role), {
+                "method": attached.method.name + (" (head)" if attached.is_head else ""), "target": site.role, "sites": 0,
+                "parameters": 0, "examples": []})
+            row["sites"] += 1
+            row["parameters"] += sum(p.numel() for p in delta.parameters() if p.requires_grad)
+            if len(row["examples"]) < 2:
+                row["examples"].append(site.name)
+    return list(rows.values())
+
+
+def _untouched_sites(tuned: Tuned) -> list[Any]:
+    with tuned.bare() as model:
+        return all_sites(model)
+
+
+def _held_rows(prepared: Prepared) -> tuple[Any, ...]:
+    return prepared.rows.eval.rows if prepared.rows.eval is not None else ()
+
+
+def _resolved(prepared: Prepared, tuned: Tuned) -> dict[str, Any]:
+    file, parts = prepared.run.file, prepared.parts
+    methods = [method_record(attached.method) for attached in tuned.attached() if not attached.is_head]
+    return {"model": file.model, "task": prepared.task.name, "data": parts.data.as_dict(), "deltas": methods,
+            "train": parts.train.as_dict(), "log": file.log.as_dict(), "seed": file.seed, "output": file.output}
+
+
+def _finish(prepared: Prepared, tuned: Tuned, result: TrainResult, before: Before, folder: Path, emit: Emitter, say: Say, *,
+            total: int, flops: int, resolved: dict[str, Any], started: tuple[int, int]) -> dict[str, Any]:
+    """Final scores, the delta and its PEFT copy, predictions, metrics, card and report."""
+    task, rows = prepared.task, _held_rows(prepared)
+    scores = score(task, tuned, prepared.held, rows)
+    chosen = shown_rows(task, rows)
+    after = answers(task, tuned, rows[:len(chosen)], prepared.held[:len(chosen)])
+    for index, old, new in zip(chosen, before.answers, after, strict=True):
+        emit(Sampled(row=index, input=rows[index].source, reference=rows[index].target, before=old, after=new))
+    labels = list(prepared.labels.names) if prepared.labels else None
+    base = {"source": prepared.loaded.source, "commit": prepared.loaded.commit, "fingerprint": prepared.loaded.fingerprint,
+            "task": task.name, "labels": labels}
+    native.save(tuned, folder / "delta", base=base, data=prepared.facts, seed=prepared.run.file.seed, replace=True)
+    delta_bytes = folder_bytes(folder / "delta")
+    try:
+        write_peft(tuned, folder / "delta" / "peft", source=prepared.loaded.source, replace=True)
+    except RefusedError as error:
+        emit(Warned(kind="peft", message=f"no PEFT copy is written: {error}"))
+    if rows:
+        _write_predictions(folder / "predictions.jsonl", scores.predictions, rows, [example.row for example in prepared.held])
+    deltas, heads = tuned.counts()
+    metrics = {
+        "run": folder.name, "task": task.name, "model": prepared.loaded.source, "methods": resolved["deltas"],
+        "metrics": scores.metrics, "base_metrics": before.scores.metrics, "majority": majority(rows, task),
+        "primary": {"name": task.primary, "higher_is_better": task.higher_is_better},
+        "intervals": task.intervals(scores.predictions, rows), "per_class": class_rows(task, scores.predictions, rows),
+        "trainable_parameters": started[0], "final_parameters": deltas, "head_parameters": heads, "total_parameters": total,
+        "delta_bytes": delta_bytes, "flops_per_token": flops, "seconds": result.seconds, "tokens": result.tokens,
+        "tokens_per_second": result.tokens / result.seconds if result.seconds else 0.0,
+        "peak_memory_bytes": result.peak_memory_bytes, "steps": result.step, "epochs": result.epochs, "reason": result.reason,
+        "best_step": result.best_step, "evaluation_seconds": result.evaluation_seconds, "saving_seconds": result.saving_seconds}
+    write_json(folder / "metrics.json", metrics)
+    write_atomic(folder / "README.md", model_card(read_run(folder)))
+    write_report([folder], folder / "report.html")
+    _tell(metrics, prepared, folder, say)
+    return finite(metrics)
+
+
+def _write_predictions(path: Path, predictions: Sequence[Prediction], rows: Sequence[Any], numbers: Sequence[int]) -> None:
+    lines = [json.dumps(finite({"row": number, "where": row.where, "target": row.target, **prediction}), ensure_ascii=False)
+             for number, row, prediction in zip(numbers, rows, predictions, strict=True)]
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+def _tell(metrics: dict[str, Any], prepared: Prepared, folder: Path, say: Say) -> None:
+    """The table that a person sees at the end."""
+    rows = []
+    for name, value in metrics["metrics"].items():
+        low, high = metrics["intervals"].get(name, (None, None))
+        base, common = metrics["base_metrics"].get(name), metrics["majority"].get(name)
+        rows.append((name, figure(base), figure(common) if common is not None else "", figure(value),
+                     f"{figure(low)} to {figure(high)}" if low is not None else ""))
+    say("")
+    if rows:
+        say(table_text(("metric", "untuned", "majority", "tuned", "95% interval"), rows, f"{len(prepared.held)} evaluation rows"))
+    model_bytes = sum(p.numel() * p.element_size() for p in prepared.loaded.model.parameters())
+    say(f"Delta:  {folder / 'delta'} ({byte_size(metrics['delta_bytes'])}; the model has {byte_size(model_bytes)})")
+    say(f"Report: {folder / 'report.html'}")
+
+
+def _tensorboard(run: Run, folder: Path, stack: ExitStack) -> list[Sink]:
+    if not run.file.log.tensorboard:
+        return []
+    from deltaloom.report.tensorboard import TensorBoard
+
+    sink = TensorBoard(folder / "tensorboard")
+    stack.callback(sink.close)
+    return [sink]
+
