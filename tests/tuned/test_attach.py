@@ -177,6 +177,34 @@ def test_a_wrapped_layer_directly_inside_a_wrapped_module() -> None:
     assert_same_snapshot(before, snapshot(tuned.detach()))
 
 
+def test_a_module_that_is_called_by_keywords() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.sinks = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+
+        def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None, factor: float = 1.0) -> torch.Tensor:
+            return self.q_proj(input=hidden) * self.sinks * factor + mask
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Attention()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(mask=x, factor=2.0, hidden=x)
+
+    model, x = nn.Sequential(Block()), torch.ones(2, 3)
+    expected = model(x)
+    tuned = attach(model, [Full(targets="0.attention"), LoRA(rank=1, targets="q_proj")])
+    assert torch.equal(tuned.model(x), expected)
+    tuned.model(x).sum().backward()
+    assert len(gradients(tuned)) == 3
+    assert tuned.never_ran() == []
+    with pytest.raises(RefusedError, match="first input"):
+        tuned.model[0].attention(mask=x)
+
+
 def test_a_failure_while_attaching_leaves_the_model_as_it_was() -> None:
     class Broken(LoRA):
         def attach(self, sites: Sequence[Site], context: AttachContext) -> Attachment:

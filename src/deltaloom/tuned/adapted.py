@@ -5,6 +5,7 @@ A `Routing` that all wrappers of a tuned model share says which named deltas (la
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -133,8 +134,9 @@ class Adapted(nn.Module):
             raise TypeError(f"lane {key} holds a {type(found).__name__}")
         return found
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer with the deltas of the current lane; row by row where the routing says so."""
+        x, args = (args[0], args[1:]) if args else (self._named_input(kwargs), ())
         for tap in self.entries:
             tap.value = x
         taken = {key: tap.take() for key, tap in self.exits.items() if tap.value is not None}
@@ -147,6 +149,14 @@ class Adapted(nn.Module):
         if len(set(here)) == 1:
             return self._run(here[0], x, taken, None, args, kwargs)
         return self._run_by_rows(here, x, taken, args, kwargs)
+
+    def _named_input(self, kwargs: dict[str, Any]) -> Any:
+        """Take the input out of a call by keywords, as attention modules are called."""
+        first = next(iter(inspect.signature(self.base.forward).parameters))
+        if first not in kwargs:
+            raise RefusedError("a layer with deltas was called without its first input", got=", ".join(kwargs), legal=first,
+                               hint=f"Leave '{self.path}' out of the targets.")
+        return kwargs.pop(first)
 
     def _run_by_rows(self, lanes: tuple[str | None, ...], x: Tensor, taken: dict[str, Tensor], args: tuple[Any, ...],
                      kwargs: dict[str, Any]) -> Tensor:

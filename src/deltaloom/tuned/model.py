@@ -7,41 +7,24 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltaloom.deltas.base import AttachContext, Attachment, Controller, Delta, InputDelta, Method, PrefixDelta, StepPlan
+from deltaloom.deltas.base import AttachContext, Controller, Delta, InputDelta, Method, PrefixDelta, StepPlan
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError, did_you_mean
 from deltaloom.sites import Site, output_layer
 from deltaloom.tuned.adapted import Adapted, Routing, Tap, lanes_of, replace_module, wrappers
+from deltaloom.tuned.attached import Attached, check_together, refuse_reentrant, replaced_tensors, state_of
 from deltaloom.tuned.merging import Merged, MergeFacts, merge, unmerge
 from deltaloom.tuned.prefixes import install_prefix, uninstall_prefix
 from deltaloom.tuned.prompts import insert_prompt, strip_prompt
 from deltaloom.tuned.saved import SavedDelta, SavedMethod, attach_saved, misfits
 
 LANE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-@dataclass
-class Attached:
-    """One method in a lane: its settings, what it made, and whether the task added it for a head."""
-
-    method: Method
-    attachment: Attachment
-    is_head: bool
-
-    def named_deltas(self) -> Iterator[tuple[str, nn.Module]]:
-        """(name, module) of every delta by its site, then of every shared module."""
-        for site, delta in self.attachment.deltas.items():
-            yield site.name, delta
-        for key, module in self.attachment.shared.items():
-            yield f"shared.{key}", module
 
 
 class Tuned(nn.Module):
@@ -80,7 +63,7 @@ class Tuned(nn.Module):
         with self.bare() as model:
             context = AttachContext(model, tokenizer, torch.Generator().manual_seed(seed), self._fixed())
             made = [Attached(method, method.attach(method.sites(model), context), False) for method in methods]
-            replaced = {path for path, _ in _replaced(made)}
+            replaced = {path for path, _ in replaced_tensors(made)}
             for method in heads:
                 sites = [site for site in method.sites(model) if site.path not in replaced]
                 if sites:
@@ -98,7 +81,7 @@ class Tuned(nn.Module):
             context = AttachContext(model, fixed=self._fixed(), loading=True)
             made = [Attached(part.method, attach_saved(part, context, saved.state, index), part.is_head)
                     for index, part in enumerate(saved.methods)]
-        problems = misfits(_state_of(made), saved.state)
+        problems = misfits(state_of(made), saved.state)
         if problems:
             raise CheckpointError("the saved delta does not fit this model", problems=problems[:20])
         self._take_in(name, made)
@@ -117,7 +100,7 @@ class Tuned(nn.Module):
         return fixed if len(fixed) < len(self._required_grad) else frozenset()
 
     def _take_in(self, name: str, made: list[Attached]) -> None:
-        _check_together(made)
+        check_together(made)
         device = self.device
         for attached in made:
             for _, module in attached.named_deltas():
@@ -298,7 +281,7 @@ class Tuned(nn.Module):
             RefusedError: a training step with reentrant activation checkpointing, which loses gradients.
         """
         if self.training and torch.is_grad_enabled():
-            _refuse_reentrant(self.model)
+            refuse_reentrant(self.model)
         if not self._prompting():
             return self.model(*args, **inputs)
         prepared, length = self.prepared(inputs)
@@ -339,7 +322,7 @@ class Tuned(nn.Module):
 
     def delta_state(self, name: str | None = None) -> dict[str, Tensor]:
         """A lane's tensors by `method index:site:name`; detached, not copied."""
-        return _state_of(self.attached(name))
+        return state_of(self.attached(name))
 
     def saved(self, name: str | None = None) -> SavedDelta:
         """A lane as it is saved: its methods with the names of their sites, and its tensors, detached and not copied."""
@@ -380,37 +363,6 @@ class Tuned(nn.Module):
             raise SettingsError("no delta of that name is attached", got=name, legal=self.lanes,
                                 hint=did_you_mean(name, self.lanes))
         return name
-
-
-def _state_of(made: Sequence[Attached]) -> dict[str, Tensor]:
-    return {f"{index}:{place}:{key}": tensor.detach() for index, attached in enumerate(made)
-            for place, module in attached.named_deltas() for key, tensor in module.state_dict().items()}
-
-
-def _replaced(made: Sequence[Attached]) -> list[tuple[str, str]]:
-    """(path of the layer, tensor) of everything that the deltas replace."""
-    return [(site.path, key) for attached in made for site, delta in attached.attachment.deltas.items()
-            for key in delta.override()]
-
-
-def _check_together(made: Sequence[Attached]) -> None:
-    """Refuse methods of one lane that contradict one another."""
-    twice = sorted(f"{path}.{key}" for (path, key), count in Counter(_replaced(made)).items() if count > 1)
-    if twice:
-        raise RefusedError("two methods replace the same tensors, so that one of them would have no effect",
-                           hint="Exclude these layers from the targets of one of them.", problems=twice)
-    prompts = [a.method.name for a in made for delta in a.attachment.deltas.values() if isinstance(delta, InputDelta)]
-    if len(prompts) > 1:
-        raise RefusedError("one delta can hold one prompt only", got=", ".join(prompts))
-
-
-def _refuse_reentrant(model: nn.Module) -> None:
-    for module in model.modules():
-        if module.__dict__.get("gradient_checkpointing"):
-            if module._gradient_checkpointing_func.keywords.get("use_reentrant") is False:  # type: ignore[union-attr, operator]
-                return
-            raise RefusedError("reentrant activation checkpointing loses the gradients of deltas in a frozen model",
-                               hint="Call `tuned.checkpoint_activations()` instead.")
 
 
 def attach(model: nn.Module, methods: Sequence[Method], name: str = "default", *, heads: Sequence[Method] = (),
