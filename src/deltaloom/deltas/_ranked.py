@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from abc import ABC
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -102,8 +103,9 @@ def pattern_problem(pattern: str) -> str:
     if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > MOST_REPEATS:
         return f"repeats a group, or has more than {MOST_REPEATS} repeats"
     try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings(action="error"):  # of syntax that will mean something else one day
+            re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, RecursionError, OverflowError, FutureWarning, DeprecationWarning) as error:
         return f"is not a regular expression: {error}"
     return ""
 
