@@ -66,5 +66,6 @@ def test_bootstrap_is_seeded_and_near_the_known_interval():
 
 def test_bootstrap_keeps_the_arrays_of_a_row_together():
     arrays = {"x": np.arange(20.0), "y": np.arange(20.0) * 2}
-    found = bootstrap(arrays, lambda a: {"same": float((a["y"] == 2 * a["x"]).all())}, resamples=20)
-    assert found["same"] == (1.0, 1.0)
+    found = bootstrap(arrays, lambda a: {"same": float((a["y"] == 2 * a["x"]).all()), "last": float(a["x"].max()),
+                                         "rows": float(len(a["x"]))}, resamples=50)
+    assert found["same"] == (1.0, 1.0) and found["last"][1] == 19.0 and found["rows"] == (20.0, 20.0)

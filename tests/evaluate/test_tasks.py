@@ -38,10 +38,10 @@ from tests.toy_tokenizers import byte_level, unigram, word_piece
 
 BYTES, PIECES, UNIGRAM = byte_level(), word_piece(), unigram()
 SETTINGS = DataSettings(train="a.jsonl", max_length=128)
-DECODER = {"vocab_size": len(BYTES), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-           "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 256}
-ENCODER = {"vocab_size": len(PIECES), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-           "pad_token_id": 0, "max_position_embeddings": 128}
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+DECODER = {**SMALL, "vocab_size": len(BYTES), "num_key_value_heads": 2, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2,
+           "max_position_embeddings": 256}
+ENCODER = {**SMALL, "vocab_size": len(PIECES), "pad_token_id": 0, "max_position_embeddings": 128}
 LANGUAGE_ROWS = [PromptRow("a:1", "name[Aromi]", "Aromi is a coffee shop."), PlainRow("a:2", "the film is good"),
                  ChatRow("a:3", (Message("user", "u"), Message("assistant", "It is four."))), PromptRow("a:4", "a", "b")]
 DECODERS = {
@@ -210,6 +210,7 @@ def test_classification_loss_is_the_weighted_sum(weights):
     assert float(count) == pytest.approx(5.0)
     parts = [task.loss(model, task.collate(part)) for part in (examples[:2], examples[2:])]
     torch.testing.assert_close(total, parts[0][0] + parts[1][0])
+    assert float(parts[0][1]) == pytest.approx(float(weight[:2].sum()))
     found = task.predict_all(model, examples, micro_tokens=12)
     metrics = task.metrics(found, rows)
     assert metrics["loss"] == pytest.approx(float(each.mean().detach()), rel=1e-5)
@@ -228,8 +229,18 @@ def test_rows_without_labels_can_be_predicted_and_not_trained_on():
     examples = task.encode([TextRow("a:1", "the film")])
     [found] = task.predict_all(model.train(), examples)
     assert found.keys() == {"label", "probabilities"} and model.training
+    assert task.predict_all(model, examples) == [found]  # no dropout
     with pytest.raises(RefusedError):
         task.loss(model, task.collate(examples))
+
+
+def test_the_tokenizer_limits_the_length_and_that_is_said():
+    model = made(DECODERS["llama"])
+    tokenizer = byte_level()
+    tokenizer.model_max_length = 6
+    task = task_named("causal-lm")(SETTINGS, Targets(), model.config, tokenizer=tokenizer)
+    assert task.encode([PlainRow("a:1", "the film is good and bad")])[0].length == 6
+    assert "128 counts as 6" in task.notes[0] and causal_task(model).notes == ()
 
 
 def test_labels_must_be_two_and_known():
@@ -300,9 +311,7 @@ def png(color):
 def test_image_classification():
     rows = [ImageRow("a:1", png("red"), "red"), ImageRow("a:2", png("blue"), "blue"), ImageRow("a:3", png("red"), "red")]
     kind = task_named("image-classification")
-    model = made(lambda: ViTForImageClassification(ViTConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4,
-        num_labels=2)))
+    model = made(lambda: ViTForImageClassification(ViTConfig(**SMALL, image_size=8, patch_size=4, num_labels=2)))
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     task = kind(SETTINGS, kind.prepare(SETTINGS, rows), model.config, processor=processor)
     examples = task.encode(rows)

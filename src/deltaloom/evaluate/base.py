@@ -155,6 +155,13 @@ class Task(ABC):
         return min(self.settings.max_length, self.tokenizer.model_max_length)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the settings meet this model; shown as warnings."""
+        if self._tokenizer is None or self.settings.max_length <= self._tokenizer.model_max_length:
+            return ()
+        return (f"data.max_length {self.settings.max_length} counts as {self.max_length}, the most that the tokenizer allows",)
+
+    @property
     def pad_id(self) -> int:
         """The id that fills batches up; models ignore it, so any will do where the tokenizer names none."""
         found = self.tokenizer.pad_token_id
