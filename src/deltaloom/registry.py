@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from pathlib import Path
-
 from typing import TypeVar
 
 from deltaloom.errors import SettingsError, did_you_mean

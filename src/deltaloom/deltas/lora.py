@@ -190,7 +190,7 @@ def _singular_pair(weight: Tensor, rank: int, generator: torch.Generator) -> tup
 
     Large matrices by four subspace iterations (Halko et al. 2011), as PiSSA's authors do: an inexact start costs no exactness.
     """
-    if min(weight.shape) <= 1024:
+    if min(weight.shape) <= 256:
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
     else:
         basis = torch.randn(weight.shape[1], rank + 16, generator=generator).to(weight.device)

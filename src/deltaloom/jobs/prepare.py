@@ -107,7 +107,7 @@ def prepare(run: Run, parts: Parts, *, say: Say, known: LabelMap | None = None,
     task = kind(parts.data, targets, loaded.model.config, tokenizer=loaded.tokenizer, processor=loaded.processor)
     examples, held = task.encode(rows.train.rows), task.encode(evaluation)
     facts = data_facts(rows.train, examples, rows.eval, held, tokenizer=loaded.tokenizer, labels=targets.labels)
-    notes = [("model", note) for note in loaded.notes] + [("data", text) for text in facts["warnings"]]
+    notes = [("model", note) for note in (*loaded.notes, *task.notes)] + [("data", text) for text in facts["warnings"]]
     if old_facts is not None:
         facts["continued"] = overlap(old_facts, facts)
         if facts["continued"]["known_tokens"] < 0.5:

@@ -1,0 +1,81 @@
+"""Talking to a model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from deltaloom.errors import RefusedError
+from deltaloom.generate import stream
+from deltaloom.jobs.opening import Opened, open_source
+
+HELP = "Write something; an empty line ends. /base switches the delta off and on, /new forgets the conversation."
+
+
+def chat(source: str, *, delta: Path | None = None, temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0,
+         read: Callable[[str], str] = input, write: Callable[[str], Any] = sys.stdout.write) -> None:
+    """Read a line, write the model's answer as it comes, until an empty line.
+
+    Raises:
+        RefusedError: the model writes no text.
+    """
+    opened = open_source(source, delta=delta, task=None if _knows_task(source, delta) else "causal-lm")
+    if not opened.task.generates:
+        raise RefusedError("this model does not write text", got=opened.task.name, hint="Use `deltaloom predict`.")
+    opened.model.eval()
+    write(HELP + "\n")
+    turns: list[dict[str, str]] = []
+    while True:
+        try:
+            line = read("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        if line == "/new":
+            turns = []
+        elif line == "/base":
+            _switch(opened, write)
+        else:
+            turns.append({"role": "user", "content": line})
+            answer = ""
+            for piece in stream(opened.model, opened.task.tokenizer, _prompt(opened, turns), max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
+                                temperature=temperature, seed=seed + len(turns)):
+                write(piece)
+                sys.stdout.flush()
+                answer += piece
+            write("\n")
+            turns.append({"role": "assistant", "content": answer})
+
+
+def _prompt(opened: Opened, turns: list[dict[str, str]]) -> Any:
+    """The conversation in the tokenizer's own template; without one, the last line as it is."""
+    tokenizer = opened.task.tokenizer
+    if tokenizer.chat_template is None:
+        return turns[-1]["content"]
+    encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(_ids(encoded))
+
+
+def _ids(encoded: Any) -> Iterator[int]:
+    ids = encoded["input_ids"]
+    yield from (ids[0] if ids and isinstance(ids[0], list) else ids)
+
+
+def _switch(opened: Opened, write: Callable[[str], Any]) -> None:
+    if opened.tuned is None:
+        write("There is no delta to switch.\n")
+        return
+    using = opened.tuned.in_use()
+    opened.tuned.use(None if using else next(iter(opened.tuned.lanes)))
+    write("The bare model answers.\n" if using else "The tuned model answers.\n")
+
+
+def _knows_task(source: str, delta: Path | None) -> bool:
+    from deltaloom.checkpoint.record import RECORD
+    from deltaloom.jobs.opening import delta_folder
+
+    folder = delta_folder(delta if delta is not None else source)
+    return folder is not None and (folder / RECORD).is_file()

@@ -1,0 +1,58 @@
+"""A plain model with the delta folded into its weights, and how far it is from the model with the delta beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaloom.checkpoint.merged import save_merged
+from deltaloom.errors import RefusedError
+from deltaloom.files import check_new
+from deltaloom.jobs.opening import AS_STORED, Opened, dtype_named, needs_delta, open_source
+from deltaloom.report.text import byte_size, figure
+from deltaloom.tuned.merging import logits_error
+from deltaloom.tuned.merging import merge as fold
+
+PROBE_ROWS, PROBE_TOKENS = 2, 16
+
+
+def merge(source: str, output: Path, *, dtype: str | None = None, model: str | None = None,
+          say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Write the merged model; gives back the rounding error of the weights and the error of the logits on random inputs.
+
+    Raises:
+        RefusedError: a delta cannot be folded, with the reason, or the output folder is not empty.
+    """
+    stored = dtype_named(dtype)
+    check_new(output)
+    needs_delta(source)
+    opened = open_source(source, model=model, dtype=dtype if dtype in ("fp32", "bf16") else AS_STORED)
+    tuned = opened.tuned
+    if tuned is None:
+        raise RefusedError("there is no delta to merge", got=source)
+    facts = fold(tuned)
+    error = logits_error(tuned, _probe(opened))
+    for note in facts.notes:
+        say(f"note: {note}")
+    with tuned.bare() as plain:
+        size = save_merged(plain, opened.loaded.tokenizer or opened.loaded.processor, output, stored)
+    say(f"Merged model: {output} ({byte_size(size)})")
+    say(f"Largest error of a weight {figure(facts.max_error)}, relative {figure(facts.relative_error)}; "
+        f"of a logit {figure(error)}")
+    return {"max_error": facts.max_error, "relative_error": facts.relative_error, "logits_max_error": error,
+            "path": str(output), "bytes": size, "notes": list(facts.notes)}
+
+
+def _probe(opened: Opened) -> dict[str, torch.Tensor]:
+    """Random inputs of the model's kind, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    config = opened.loaded.model.config
+    if opened.loaded.processor is not None:
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        shape = (PROBE_ROWS, getattr(config, "num_channels", 3), size, size)
+        return {"pixel_values": torch.randn(shape, generator=generator).to(opened.loaded.model.dtype)}
+    ids = torch.randint(3, config.get_text_config().vocab_size, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
+    return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}

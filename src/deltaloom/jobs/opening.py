@@ -1,0 +1,150 @@
+"""Opening what a command names: a run folder, a delta folder (native or PEFT), or a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from deltaloom import attention
+from deltaloom.checkpoint import native
+from deltaloom.checkpoint.peft import is_peft_folder, load_peft
+from deltaloom.checkpoint.record import RECORD, DeltaRecord, read_record
+from deltaloom.data.labels import LabelMap
+from deltaloom.data.settings import DataSettings
+from deltaloom.errors import CheckpointError, RefusedError, SettingsError
+from deltaloom.evaluate.base import Targets, Task, task_named, task_names
+from deltaloom.jobs.prepare import DTYPES, chosen_precision
+from deltaloom.jobs.runfile import apply_override
+from deltaloom.models import LoadedModel, load_model
+from deltaloom.tuned import Tuned
+
+RUN_LIMIT = 1_000_000
+AS_STORED = "as stored"  # the dtype that the base's checkpoint has
+
+
+@dataclass
+class Opened:
+    """A model, with its delta if there is one, and what is known of the task."""
+
+    loaded: LoadedModel
+    tuned: Tuned | None
+    task: Task
+    record: DeltaRecord | None
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """What is called: the tuned model, or the bare one."""
+        return self.tuned if self.tuned is not None else self.loaded.model
+
+
+def delta_folder(source: str | Path) -> Path | None:
+    """The delta's folder that a run folder or delta folder names; None for anything else."""
+    path = Path(source).expanduser()
+    for place in (path / "delta", path):
+        if (place / RECORD).is_file() or is_peft_folder(place):
+            return place
+    if (path / "run.yaml").is_file():
+        raise CheckpointError("this run folder holds no finished delta", got=str(source),
+                              hint="Finish the run: deltaloom tune RUN.yaml --resume")
+    return None
+
+
+def needs_delta(source: str | Path) -> Path:
+    """The delta's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = delta_folder(source)
+    if found is None:
+        raise CheckpointError("there is no delta", got=str(source), hint="Name a run folder, or a folder with delta.json.")
+    return found
+
+
+def open_source(source: str, *, delta: Path | None = None, task: str | None = None, model: str | None = None,
+                dtype: str = "auto", overrides: Sequence[str] = ()) -> Opened:
+    """A run or delta on its base, or a model; `overrides` change settings of the data section.
+
+    Raises:
+        CheckpointError: the delta is missing, damaged, or belongs to another base. SettingsError: the task is not known.
+    """
+    folder = needs_delta(delta) if delta is not None else delta_folder(source)
+    record = read_record(folder) if folder is not None and (folder / RECORD).is_file() else None
+    name = task or (record.base.task if record is not None else None)
+    if name is None:
+        raise SettingsError("the task is not known here", legal=task_names(), hint="Name it with --task.")
+    kind = task_named(name)
+    base = model or (source if delta is not None or folder is None else _base_of(folder, record))
+    labels = record.base.labels if record is not None else None
+    number = None if dtype == AS_STORED else chosen_precision(dtype)[1]
+    loaded = load_model(base, task=name, labels=labels, dtype=number)
+    _fast_attention(loaded)
+    tuned = None
+    if folder is not None:
+        tuned = native.load(loaded.model, folder, fingerprint=loaded.fingerprint) if record is not None else load_peft(
+            loaded.model, folder)
+    known = LabelMap(tuple(labels)) if labels else _labels_of(loaded, kind)
+    settings = _data_settings(source, overrides)
+    bound = kind(settings, Targets(known), loaded.model.config, tokenizer=loaded.tokenizer, processor=loaded.processor)
+    return Opened(loaded, tuned, bound, record)
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """fp32, bf16 or fp16; None stays None.
+
+    Raises:
+        SettingsError: another word.
+    """
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise SettingsError("unknown dtype", got=name, legal=DTYPES)
+    return DTYPES[name]
+
+
+def _base_of(folder: Path, record: DeltaRecord | None) -> str:
+    if record is not None:
+        source = record.base.source
+    else:
+        from deltaloom.checkpoint.header import read_json
+
+        source = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(source, str) or not source:
+        raise CheckpointError("the delta does not say which base it belongs to", got=str(folder), hint="Name it with --model.")
+    return source
+
+
+def _labels_of(loaded: LoadedModel, kind: type[Task]) -> LabelMap | None:
+    names = getattr(loaded.model.config, "id2label", None)
+    if kind.numbers or kind.generates or not names or loaded.new_parameters:
+        return None
+    return LabelMap(tuple(str(names[index]) for index in sorted(names)))
+
+
+def _data_settings(source: str, overrides: Sequence[str]) -> DataSettings:
+    """The data settings of the run, so that rows are read as in training, without its files."""
+    values: dict[str, object] = {}
+    path = Path(source).expanduser() / "run.yaml"
+    if path.is_file() and path.stat().st_size < RUN_LIMIT:
+        run = yaml.safe_load(path.read_text(encoding="utf-8"))
+        section = run.get("data") if isinstance(run, dict) else None
+        values = dict(section) if isinstance(section, dict) else {}
+        for key in ("train", "eval", "eval_fraction", "max_rows", "class_weights"):
+            values.pop(key, None)
+    holder: dict[str, object] = {"data": values}
+    for override in overrides:
+        if not apply_override(holder, override).startswith("data."):
+            raise SettingsError("only settings of the data section can be changed here", got=override,
+                                hint="For example: -s data.max_length=512")
+    return DataSettings.parse(holder["data"], "data")
+
+
+def _fast_attention(loaded: LoadedModel) -> None:
+    try:
+        attention.install(loaded.model)
+    except RefusedError:
+        return  # the model keeps transformers' own attention: slower here, and the same numbers

@@ -1,0 +1,73 @@
+"""What a run would do, without training: sites, parameters, memory and time, the first rows as the model will see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaloom.events import finite
+from deltaloom.jobs.estimate import cost
+from deltaloom.jobs.prepare import DTYPES, Prepared, Say, head_methods, parse_parts, prepare
+from deltaloom.jobs.runfile import Run
+from deltaloom.jobs.tune import site_table
+from deltaloom.report.text import byte_size, count, duration, table_text
+from deltaloom.train.feed import MICRO_TOKENS
+from deltaloom.tuned import Tuned, attach
+
+BYTES = 4  # of a trained number on the disk
+
+
+def plan(run: Run, *, say: Say = print) -> dict[str, Any]:
+    """The plan of a run; nothing is written.
+
+    Raises:
+        DeltaloomError: whatever would stop the run before its first step.
+    """
+    parts = parse_parts(run)
+    prepared = prepare(run, parts, say=say)
+    loaded = prepared.loaded
+    model_parameters = sum(p.numel() for p in loaded.model.parameters())
+    tokens = _tokens(prepared)
+    tuned = attach(loaded.model, parts.methods, heads=head_methods(loaded, parts.methods), tokenizer=loaded.tokenizer,
+                   seed=run.file.seed)
+    deltas, heads = tuned.counts()
+    share = prepared.facts["learned_tokens"] / max(prepared.facts["tokens"], 1)
+    longest = max(example.length for example in prepared.examples)
+    micro = min(max(MICRO_TOKENS, longest), (parts.train.rows_per_step or 16) * longest)
+    with tuned.bare() as model:
+        found = cost(model, dtype=DTYPES[prepared.precision], delta_parameters=deltas + heads, tokens=tokens, micro_tokens=micro,
+                     label_share=share if prepared.task.generates else 0.0, checkpointing=parts.train.gradient_checkpointing)
+    table = site_table(tuned)
+    for kind, message in prepared.notes:
+        say(f"warning ({kind}): {message}")
+    _tell(prepared, tuned, table, model_parameters, say)
+    delta_bytes = BYTES * (deltas + heads)
+    say(f"Delta: {byte_size(delta_bytes)}; training: about {byte_size(found.memory_bytes)} besides the model, "
+        f"about {duration(found.seconds)} for {count(tokens)} tokens (estimates)")
+    return finite({"sites": table, "trainable_parameters": deltas, "head_parameters": heads, "total_parameters": model_parameters,
+                   "delta_bytes": delta_bytes, "flops_per_token": found.flops_per_token, "memory_bytes": found.memory_bytes,
+                   "seconds": found.seconds, "tokens": tokens, "data": prepared.facts,
+                   "warnings": [message for _, message in prepared.notes]})
+
+
+def _tokens(prepared: Prepared) -> int:
+    """Real tokens of the whole run."""
+    settings, rows = prepared.parts.train, len(prepared.examples)
+    if settings.max_steps is not None:
+        per_step = settings.batch_tokens or (settings.rows_per_step or 16) * prepared.facts["tokens"] / rows
+        return int(settings.max_steps * per_step)
+    return int((settings.epoch_limit or 1.0) * prepared.facts["tokens"])
+
+
+def _tell(prepared: Prepared, tuned: Tuned, table: list[dict[str, Any]], model_parameters: int, say: Say) -> None:
+    deltas, heads = tuned.counts()
+    say(table_text(("method", "where", "sites", "parameters", "for example"),
+                   [(row["method"], row["target"], row["sites"], count(row["parameters"]), row["examples"][0]) for row in table]))
+    say(f"{count(deltas)} trained parameters, {deltas / model_parameters:.2%} of {count(model_parameters)}"
+        + (f"; and a head of {count(heads)}" if heads else ""))
+    facts = prepared.facts
+    say(f"Lengths in tokens: {facts['lengths']}; cut rows: {facts['truncated_rows']}")
+    say("First rows as the model sees them; what it learns to write stands between >> and <<:")
+    for row in facts["first_rows"]:
+        parts = [f">>{part['text']}<<" if part.get("learned") else part["text"] for part in row.get("segments", [])]
+        say(f"  {row.get('where', '')}: {''.join(parts)!r}" + (f" -> {row['target']}" if row.get("target") and not any(
+            part.get("learned") for part in row.get("segments", [])) else ""))
