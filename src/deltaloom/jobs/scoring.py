@@ -46,7 +46,7 @@ def majority(rows: Sequence[Row], task: Task) -> dict[str, float]:
 
 def class_rows(task: Task, predictions: Sequence[Prediction], rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The per-class table under the key that the report reads (`label`)."""
-    tables = task.tables(predictions, rows)
+    tables = task.tables(predictions, rows) if len(rows) else {}
     first = next(iter(tables.values()), [])
     return [{"label": row.get("class", row.get("label")), **{k: v for k, v in row.items() if k not in ("class", "label")}}
             for row in first]
