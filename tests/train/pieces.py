@@ -25,7 +25,7 @@ from tests.toys import VOCABULARY
 
 
 class ToyDelta(Delta):
-    """y + 0 + shift, with a penalty on the shift's distance from one; the mask is a controller's."""
+    """y + shift, with a penalty on the shift's distance from one; the mask is a controller's."""
 
     def __init__(self, width: int, weight: float) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class ToyDelta(Delta):
         self.weight = weight
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.shift * self.mask
+        return y + (self.shift * self.mask).to(y.dtype)
 
     def penalty(self) -> Tensor | None:
         return self.weight * ((self.shift - 1) ** 2).sum()

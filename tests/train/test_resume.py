@@ -16,7 +16,7 @@ from deltaloom.errors import CheckpointError
 from deltaloom.events import Acted, Emitter, Evaluated, JsonLines, Started, Step, Warned, read_events
 from deltaloom.train.checkpoints import checkpoints, latest_checkpoint, read_checkpoint
 from deltaloom.train.settings import EarlyStop, TrainSettings
-from tests.train.pieces import LanguageTask, Log, ToyMethod, assert_same, held_out_loss, run, state_of, tuned_model
+from tests.train.pieces import LanguageTask, Log, ToyMethod, assert_same, held_out_loss, run, small, state_of, tuned_model
 
 SETTINGS = TrainSettings(epochs=3, batch_size=6, learning_rate=1e-2, schedule="cosine", weight_decay=0.1, eval_every=2,
                          save_every=1, keep_checkpoints=100, early_stop=EarlyStop(patience=50))  # 12 steps
@@ -54,6 +54,15 @@ def test_both_optimizers_and_less_frequent_reading(name, tmp_path):
     one, other = tuned_model(), tuned_model()
     run(one, settings, folder=tmp_path)
     run(other, settings, resume=read_checkpoint(tmp_path / "step-3"))
+    assert_same(state_of(one), state_of(other))
+
+
+def test_on_a_base_in_bf16_with_float32_deltas(tmp_path):
+    settings = TrainSettings(max_steps=4, batch_size=6, learning_rate=1e-2, save_every=2)
+    one, other = (tuned_model(model=small().bfloat16()) for _ in range(2))
+    run(one, settings, folder=tmp_path)
+    assert {tensor.dtype for tensor in one.delta_parameters().values()} == {torch.float32}
+    run(other, settings, resume=read_checkpoint(tmp_path / "step-2"))
     assert_same(state_of(one), state_of(other))
 
 

@@ -48,6 +48,7 @@ def test_a_signal_lets_the_step_finish_saves_and_can_be_resumed(number, at, tmp_
     assert f"step-{at}" in str(error.value)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert len(log.of(Step)) == at
+    assert log.of(Evaluated) == []  # also where one was due: who stops does not want to wait for it
     assert (log.events[-1].reason, log.events[-1].step) == ("interrupted", at)
     assert isinstance(log.events[-1], Finished)
     assert number.name in log.of(Acted)[0].reason
