@@ -399,6 +399,21 @@ def test_any_header(tmp_path_factory, data):
     native.read_tensors(path)
 
 
+@pytest.mark.parametrize(("places", "size"), [
+    ([(0, 4), (0, 4)], 4), ([(0, 4), (8, 12)], 12), ([(0, 4), (2, 6)], 6), ([(4, 8)], 8), ([(0, 4)], 8), ([(0, 4)], 3),
+    ([(0, 4), (4, 8)], 8)])
+def test_tensors_that_overlap_or_leave_holes(tmp_path, places, size):
+    header = {str(i): {"dtype": "F32", "shape": [1], "data_offsets": place} for i, place in enumerate(places)}
+    raw = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(size))
+    if places == [(0, 4), (4, 8)]:
+        assert len(read_header(path).tensors) == 2
+    else:
+        with pytest.raises(CheckpointError, match="safetensors"):
+            read_header(path)
+
+
 def test_unknown_facts_of_the_base_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="sauce"):
         native.save(tuned_llama(), tmp_path / "d", base={"sauce": "toy"})

@@ -141,7 +141,7 @@ def test_what_peft_trained_computes_the_same_here_and_there_again(layout, name, 
 OURS = {
     "lora": [LoRA(rank=3, alpha=5)],
     "patterns": [LoRA(rank=3, rank_pattern={"q": 2, r"layers?\.1.*": 4}, alpha_pattern={"q": 3.5}, rslora=True)],
-    "parts": [LoRA(rank=2, targets=("q", "v"))],
+    "parts": [LoRA(rank=2, targets=("q", "v"), rank_pattern={"q": 4})],
     "pissa": [LoRA(rank=3, init="pissa")],
     "rs pissa": [LoRA(rank=3, init="pissa", rslora=True)],
     "dora": [DoRA(rank=3)],
@@ -355,6 +355,19 @@ def test_changed_embeddings_beside_an_adapter_are_refused(tmp_path):
     peft_saved(model, tmp_path / "a")
     with pytest.raises(RefusedError, match="differ from this base"):
         load_peft(toy("llama", seed=4), tmp_path / "a")
+
+
+def test_changed_buffers_of_saved_modules_are_refused(tmp_path):
+    def with_counter(count):
+        model = toy("bert")
+        model.classifier.register_buffer("counter", torch.tensor(count))
+        return model
+
+    tuned = attach(with_counter(1), [LoRA(rank=2, targets="q"), Full(targets="classifier")])
+    write_peft(tuned, tmp_path / "a")
+    assert torch.equal(logits(load_peft(with_counter(1), tmp_path / "a"), "bert"), logits(tuned, "bert"))
+    with pytest.raises(RefusedError, match="buffers"):
+        load_peft(with_counter(2), tmp_path / "a")
 
 
 def test_a_merged_delta_is_not_written(tmp_path):

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from deltaloom.checkpoint import native
-from deltaloom.checkpoint.peft import is_peft_folder, load_peft
+from deltaloom.checkpoint.peft import load_any
 from deltaloom.deltas._ranked import exceptions
 from deltaloom.deltas.base import Delta, LowRankDelta
 from deltaloom.deltas.lora import LoRA
@@ -95,7 +94,7 @@ def combine_folders(model: nn.Module, folders: Sequence[Path], weights: Sequence
     try:
         for index, folder in enumerate(folders):
             target = model if tuned is None else tuned
-            tuned = (load_peft if is_peft_folder(folder) else native.load)(target, folder, f"d{index}")
+            tuned = load_any(target, folder, f"d{index}")
         if tuned is None:
             raise SettingsError("no delta is given to combine")
         return combine(tuned, {f"d{index}": weight for index, weight in enumerate(weights)}, rank)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from deltaloom.checkpoint import native
 from deltaloom.checkpoint.header import read_json
 from deltaloom.checkpoint.native import check_finite, read_tensors
 from deltaloom.deltas.base import Method, PeftPart, PeftReading
@@ -111,9 +112,12 @@ def read_peft(folder: Path, model: nn.Module) -> SavedDelta:
     return SavedDelta(tuple(methods), state)
 
 
-def is_peft_folder(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter rather than a native delta."""
-    return (folder / CONFIG).is_file()
+def load_any(model: nn.Module, folder: Path | str, name: str = "default", *, fingerprint: str | None = None,
+             strict: bool = True) -> Tuned:
+    """Put a saved delta of either format on its base, as `native.load` and `load_peft` do; PEFT's files name no fingerprint."""
+    if (Path(folder) / CONFIG).is_file():
+        return load_peft(model, folder, name)
+    return native.load(model, folder, name, fingerprint=fingerprint, strict=strict)
 
 
 def short_names(model: nn.Module, paths: Iterable[str], saved: Iterable[str]) -> list[str]:
