@@ -13,7 +13,8 @@ from torch import Tensor
 from deltaloom.data.encode import IGNORED, Example
 from deltaloom.errors import SettingsError
 
-GROUP = 50  # steps whose examples are sorted by length together: little padding, and still a random mixture
+GROUP = 50  # steps whose examples are sorted by length together, at most: little padding, and still a random mixture
+GROUPS = 8  # groups an epoch has, at least: with fewer the same rows would meet in every epoch
 WASTE = 0.2  # share of padding from which a micro-batch is cut in two
 LEAST = 256  # real tokens a micro-batch should keep when it is cut: smaller products waste the processor
 Kind = Literal["causal", "seq2seq", "class", "number", "tags"]
@@ -58,8 +59,8 @@ def plan_steps(lengths: Sequence[int], *, batch_size: int | None = None, batch_t
     """One epoch: for each optimizer step its micro-batches, as indices of examples; every example occurs once.
 
     A step holds `batch_size` examples, or as many as have at most `batch_tokens` real tokens (the last steps may be smaller).
-    Examples are shuffled by seed and epoch alone, sorted by length within groups of 50 steps, cut into steps, and the steps
-    are shuffled. A micro-batch has at most `micro_tokens` tokens with padding, unless one example is longer.
+    Examples are shuffled by seed and epoch alone, sorted by length within groups of up to 50 steps (at least 8 groups), cut
+    into steps, and the steps are shuffled. A micro-batch has at most `micro_tokens` tokens with padding, unless one example is longer.
     """
     if (batch_size is None) == (batch_tokens is None):
         raise SettingsError("give one of batch_size and batch_tokens", got=f"{batch_size} and {batch_tokens}")
@@ -70,8 +71,9 @@ def plan_steps(lengths: Sequence[int], *, batch_size: int | None = None, batch_t
     generator = random.Random(f"order {seed} {epoch}")  # a text: the same on every machine and in every process
     order = list(range(len(lengths)))
     generator.shuffle(order)
+    together = max(1, min(GROUP, sum(costs) // (size * GROUPS)))
     steps = []
-    for group in _filled(order, costs, size * GROUP):
+    for group in _filled(order, costs, size * together):
         group.sort(key=lambda index: lengths[index])  # stable: ties stay shuffled
         steps += _filled(group, costs, size)
     generator.shuffle(steps)
