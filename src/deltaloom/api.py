@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from deltaloom.checkpoint import native
 from deltaloom.checkpoint.native import save
-from deltaloom.checkpoint.peft import is_peft_folder, load_peft
+from deltaloom.checkpoint.peft import load_any
 from deltaloom.deltas.base import Method
 from deltaloom.jobs.opening import delta_folder
 from deltaloom.jobs.runfile import parse_run, read_run_file
@@ -29,10 +28,7 @@ def load(model: nn.Module, folder: Path | str, name: str = "default") -> Tuned:
     Raises:
         CheckpointError: missing, damaged, or of another base; nothing has changed.
     """
-    place = delta_folder(folder) or Path(folder)
-    if is_peft_folder(place) and not (place / native.RECORD).is_file():
-        return load_peft(model, place, name)
-    return native.load(model, place, name)
+    return load_any(model, delta_folder(folder) or Path(folder), name)
 
 
 def tune(run: Path | str | dict[str, Any], *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:

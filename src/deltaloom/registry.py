@@ -14,7 +14,11 @@ T = TypeVar("T")
 
 def names_in(package: str, skip: tuple[str, ...] = ("base",)) -> list[str]:
     """The names that a package's files define, sorted: `layer_norm.py` is `layer-norm`."""
-    folder = Path(__file__).parent / package.removeprefix("deltaloom.").replace(".", "/")
+    return names_of(Path(__file__).parent / package.removeprefix("deltaloom.").replace(".", "/"), skip)
+
+
+def names_of(folder: Path, skip: tuple[str, ...] = ("base",)) -> list[str]:
+    """The names that a folder's files define, sorted."""
     stems = (path.stem for path in folder.glob("*.py"))
     return sorted(stem.replace("_", "-") for stem in stems if not stem.startswith("_") and stem not in skip)
 

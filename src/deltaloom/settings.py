@@ -9,6 +9,8 @@ from pydantic_core import ErrorDetails
 
 from deltaloom.errors import SettingsError, did_you_mean
 
+SHOWN = 200  # characters of a wrong value
+
 
 class Settings(BaseModel):
     """Settings of one part: keyword-only, stored as given, checked when made.
@@ -18,7 +20,7 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=False,
-                              protected_namespaces=())
+                              allow_inf_nan=False, protected_namespaces=())
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -63,5 +65,5 @@ def _problem(cls: type[BaseModel], detail: ErrorDetails, where: str) -> str:
         known = f"; legal: {', '.join(legal)}" if legal else ""
         return f"unknown key '{path}'{known}. {hint}".rstrip(". ") + ("?" if hint else "")
     message = detail["msg"].removeprefix("Value error, ")
-    got = "" if detail["type"] == "missing" else f", got {detail['input']!r}"
+    got = "" if detail["type"] == "missing" else f", got {repr(detail['input'])[:SHOWN]}"
     return f"{path}: {message}{got}" if path else f"{message}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from deltaloom.errors import RefusedError
 from deltaloom.generate import stream
-from deltaloom.jobs.opening import Opened, open_source
+from deltaloom.jobs.opening import Opened, delta_folder, open_source
 
 HELP = "Write something; an empty line ends. /base switches the delta off and on, /new forgets the conversation."
 
@@ -21,7 +21,8 @@ def chat(source: str, *, delta: Path | None = None, temperature: float = 0.0, ma
     Raises:
         RefusedError: the model writes no text.
     """
-    opened = open_source(source, delta=delta, task=None if _knows_task(source, delta) else "causal-lm")
+    is_model = delta is None and delta_folder(source) is None
+    opened = open_source(source, delta=delta, task="causal-lm" if is_model else None)
     if not opened.task.generates:
         raise RefusedError("this model does not write text", got=opened.task.name, hint="Use `deltaloom predict`.")
     opened.model.eval()
@@ -71,11 +72,3 @@ def _switch(opened: Opened, write: Callable[[str], Any]) -> None:
     using = opened.tuned.in_use()
     opened.tuned.use(None if using else next(iter(opened.tuned.lanes)))
     write("The bare model answers.\n" if using else "The tuned model answers.\n")
-
-
-def _knows_task(source: str, delta: Path | None) -> bool:
-    from deltaloom.checkpoint.record import RECORD
-    from deltaloom.jobs.opening import delta_folder
-
-    folder = delta_folder(delta if delta is not None else source)
-    return folder is not None and (folder / RECORD).is_file()

@@ -28,7 +28,7 @@ def convert(source: str, to: str, output: Path, *, rank: int | None = None, mode
         raise SettingsError("unknown format", got=to, legal=FORMATS, hint=did_you_mean(to, FORMATS))
     check_new(output)
     needs_delta(source)
-    opened = open_source(source, model=model, task=None if _has_record(source) else "causal-lm", dtype="fp32")
+    opened = open_source(source, model=model, dtype="fp32")
     tuned = opened.tuned
     if tuned is None:
         raise RefusedError("there is no delta to convert", got=source)
@@ -52,10 +52,6 @@ def base_facts(opened: Opened) -> dict[str, Any]:
         return record.base.model_dump()
     return {"source": opened.loaded.source, "commit": opened.loaded.commit, "fingerprint": opened.loaded.fingerprint,
             "task": opened.task.name}
-
-
-def _has_record(source: str) -> bool:
-    return (needs_delta(source) / native.RECORD).is_file()
 
 
 def write_converted(opened: Opened, converted: Converted, output: Path) -> int:

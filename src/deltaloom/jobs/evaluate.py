@@ -8,7 +8,6 @@ from typing import Any
 
 from deltaloom.data.labels import check_known
 from deltaloom.data.read import read_rows
-from deltaloom.errors import DataError
 from deltaloom.events import finite
 from deltaloom.jobs.opening import open_source
 from deltaloom.jobs.scoring import class_rows, score
@@ -27,9 +26,6 @@ def evaluate(source: str, data: Sequence[Path], *, delta: Path | None = None, ta
     found = read_rows([str(path) for path in data], bound.settings, Path.cwd(), accepts=bound.formats, numbers=bound.numbers)
     if bound.targets.labels is not None:
         check_known(found.rows, bound.targets.labels, "the trained model")
-    elif not bound.numbers and not bound.generates:
-        raise DataError("this model has no trained head for the task", got=source,
-                        hint="Name a run, or put a delta on it with --delta.")
     say(f"Data: {len(found)} rows; {found.detected}")
     scores = score(bound, opened.model, bound.encode(found.rows), found.rows)
     intervals = bound.intervals(scores.predictions, found.rows)

@@ -17,8 +17,8 @@ OWN = ("run.yaml", "environment.json", "events.jsonl", "metrics.json", "report.h
        "predictions.jsonl", "README.md", "tensorboard")
 
 
-def open_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the run folder ready.
+def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Whether a run may write to the folder; nothing is written yet.
 
     Raises:
         SettingsError: --resume together with --overwrite. RefusedError: the folder holds something and neither was given,
@@ -36,18 +36,20 @@ def open_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
         if foreign and not (path / "run.yaml").exists():
             raise RefusedError("the output folder holds files that no run wrote", got=foreign[:5],
                                hint="--overwrite replaces earlier runs only; choose another output.")
-    with disk_errors(path):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except PermissionError:
-            raise RefusedError("the output folder cannot be made", got=str(path),
-                               hint="Choose one that you may write to.") from None
-    if not os.access(path, os.W_OK):
-        raise RefusedError("the output folder cannot be written", got=str(path), hint="Choose one that you may write to.")
+    near = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not near.is_dir() or not os.access(near, os.W_OK):
+        raise RefusedError("the output folder cannot be made there" if near != path else "the output folder cannot be written",
+                           got=str(path), hint="Choose one that you may write to.")
 
 
 def clear_folder(path: Path) -> None:
-    """Remove what an earlier run left; called when everything has been checked and the new run is about to begin."""
+    """Make the folder, without what an earlier run left; called when everything has been checked and training begins.
+
+    Raises:
+        ResourceError: no space.
+    """
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
     for name in OWN:
         item = path / name
         if item.is_dir():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import yaml
+
 from deltaloom.errors import RefusedError, SettingsError, did_you_mean
+from deltaloom.files import write_atomic
 from deltaloom.registry import names_in
 
 TEXT = """\
@@ -28,6 +32,8 @@ train:
 seed: 0
 output: runs/{stem}
 """
+BUNDLED = {"causal-lm": "bundled:smollm2-135m-instruct"} | dict.fromkeys(
+    ("sequence-classification", "token-classification", "regression"), "bundled:minilm")
 # rates: for a low-rank delta the best rate is about ten times that of full tuning
 GENERATES = {"length": 512, "epochs": 1, "batch": 16, "rate": "1.0e-3"}
 CLASSIFIES = {"length": 128, "epochs": 3, "batch": 32, "rate": "1.0e-3"}
@@ -44,11 +50,14 @@ def write_starter(path: Path, *, task: str, model: str | None, train: str, overw
         raise SettingsError("unknown task", got=task, legal=tasks, hint=did_you_mean(task, tasks))
     if path.exists() and not overwrite:
         raise RefusedError("the file exists", got=str(path), hint="Choose another name or pass --overwrite.")
-    generates = task.endswith("-lm")
-    chosen = model or ("bundled:smollm2-135m-instruct" if task == "causal-lm" else "bundled:minilm" if not generates else "")
-    if not chosen:
+    chosen = model or BUNDLED.get(task)
+    if chosen is None:
         raise SettingsError(f"no bundled model does {task}", hint="Name one with --model: a folder or a hub id.")
-    values = GENERATES if generates else CLASSIFIES
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(TEXT.format(name=path.name, stem=path.stem, model=chosen, task=task, train=train, **values), encoding="utf-8")
-    return path
+    values = GENERATES if task.endswith("-lm") else CLASSIFIES
+    text = TEXT.format(name=path.name, stem=path.stem, model=_quoted(chosen), task=task, train=_quoted(train), **values)
+    return write_atomic(path, text)
+
+
+def _quoted(text: str) -> str:
+    """The text as a YAML value, in quotes where it needs them."""
+    return yaml.safe_dump(text, allow_unicode=True, width=math.inf).split("\n", 1)[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 from deltaloom import deltas
 from deltaloom.errors import SettingsError, did_you_mean
-from deltaloom.registry import names_in
+from deltaloom.registry import names_of
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,18 @@ class MethodFacts:
     summary: str
     text: str
     settings: tuple[SettingFacts, ...]
+    fault: str = ""  # why its file cannot be read
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
 
 
-def catalogue() -> list[MethodFacts]:
-    """Every method, by its file in the deltas folder."""
-    return [_read(name) for name in names_in("deltaloom.deltas")]
+def catalogue(folder: Path | None = None) -> list[MethodFacts]:
+    """Every method, by its file in the deltas folder; one whose file is faulty says so and hides no other."""
+    place = folder or Path(deltas.__path__[0])
+    common = _settings_of(ast.parse((Path(deltas.__path__[0]) / "base.py").read_text(encoding="utf-8")), "Method")
+    return [_read(place / f"{name.replace('-', '_')}.py", name, common) for name in names_of(place)]
 
 
 def one_or_all(name: str | None) -> list[MethodFacts]:
@@ -47,12 +50,13 @@ def one_or_all(name: str | None) -> list[MethodFacts]:
     Raises:
         SettingsError: there is no such method.
     """
-    legal = names_in("deltaloom.deltas")
+    found = catalogue()
     if name is None:
-        return catalogue()
+        return found
+    legal = [method.name for method in found]
     if name not in legal:
         raise SettingsError("unknown method", got=name, legal=legal, hint=did_you_mean(name, legal))
-    return [_read(name)]
+    return [method for method in found if method.name == name]
 
 
 def method_text(methods: list[MethodFacts], *, full: bool) -> str:
@@ -60,22 +64,23 @@ def method_text(methods: list[MethodFacts], *, full: bool) -> str:
     lines = []
     for method in methods:
         if not full:
-            lines.append(f"{method.name:12} {method.summary}")
+            lines.append(f"{method.name:12} {method.fault or method.summary}")
             continue
-        lines += [method.name, "", method.text, "", "Settings:"]
+        lines += [method.name, "", method.fault or method.text, "", "Settings:"]
         lines += [f"  {s.name}: {s.type} = {s.default}\n      {s.about}" for s in method.settings]
     return "\n".join(lines)
 
 
-def _read(name: str) -> MethodFacts:
-    folder = Path(deltas.__path__[0])
-    common = _settings_of(ast.parse((folder / "base.py").read_text(encoding="utf-8")), "Method")
-    tree = ast.parse((folder / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8"))
+def _read(path: Path, name: str, common: dict[str, SettingFacts]) -> MethodFacts:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        return MethodFacts(name, "", "", (), f"its file {path.name} cannot be read: {error}")
     text = ast.get_docstring(tree) or ""
-    own: dict[str, SettingFacts] = {}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and _class_value(node, "name") == name:
-            own = _settings_of(tree, node.name)
+    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and _class_value(node, "name") == name]
+    if not classes:
+        return MethodFacts(name, "", text, (), f"its file {path.name} defines no method of that name")
+    own = _settings_of(tree, classes[0])
     settings = own | {key: value for key, value in common.items() if key not in own}
     return MethodFacts(name, text.split("\n", 1)[0], text, tuple(settings.values()))
 

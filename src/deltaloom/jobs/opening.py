@@ -7,22 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
 from deltaloom import attention
-from deltaloom.checkpoint import native
-from deltaloom.checkpoint.peft import is_peft_folder, load_peft
+from deltaloom.checkpoint.header import read_json
+from deltaloom.checkpoint.peft import CONFIG, load_any
 from deltaloom.checkpoint.record import RECORD, DeltaRecord, read_record
 from deltaloom.data.labels import LabelMap
 from deltaloom.data.settings import DataSettings
-from deltaloom.errors import CheckpointError, RefusedError, SettingsError
+from deltaloom.errors import CheckpointError, RefusedError, SettingsError, listed
 from deltaloom.evaluate.base import Targets, Task, task_named, task_names
 from deltaloom.jobs.prepare import DTYPES, chosen_precision
-from deltaloom.jobs.runfile import apply_override
+from deltaloom.jobs.runfile import apply_override, read_yaml
 from deltaloom.models import LoadedModel, load_model
 from deltaloom.tuned import Tuned
 
 RUN_LIMIT = 1_000_000
+# What PEFT calls the tasks; its files do not tell tags from classes of images, nor numbers from classes.
+PEFT_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_2_SEQ_LM": "seq2seq-lm", "SEQ_CLS": "sequence-classification",
+              "TOKEN_CLS": "token-classification"}
 AS_STORED = "as stored"  # the dtype that the base's checkpoint has
 
 
@@ -45,7 +47,7 @@ def delta_folder(source: str | Path) -> Path | None:
     """The delta's folder that a run folder or delta folder names; None for anything else."""
     path = Path(source).expanduser()
     for place in (path / "delta", path):
-        if (place / RECORD).is_file() or is_peft_folder(place):
+        if (place / RECORD).is_file() or (place / CONFIG).is_file():
             return place
     if (path / "run.yaml").is_file():
         raise CheckpointError("this run folder holds no finished delta", got=str(source),
@@ -67,16 +69,19 @@ def needs_delta(source: str | Path) -> Path:
 
 def open_source(source: str, *, delta: Path | None = None, task: str | None = None, model: str | None = None,
                 dtype: str = "auto", overrides: Sequence[str] = ()) -> Opened:
-    """A run or delta on its base, or a model; `overrides` change settings of the data section.
+    """A run or delta on its base, or a model; `overrides` change settings of the data section, `task` is needed where
+    neither the delta nor PEFT's file says it.
 
     Raises:
         CheckpointError: the delta is missing, damaged, or belongs to another base. SettingsError: the task is not known.
     """
     folder = needs_delta(delta) if delta is not None else delta_folder(source)
     record = read_record(folder) if folder is not None and (folder / RECORD).is_file() else None
-    name = task or (record.base.task if record is not None else None)
+    name = task or (record.base.task if record is not None else _peft_task(folder))
     if name is None:
         raise SettingsError("the task is not known here", legal=task_names(), hint="Name it with --task.")
+    if record is not None and record.base.task not in (None, name):
+        raise RefusedError("the delta was trained for another task", got=name, legal=record.base.task)
     kind = task_named(name)
     base = model or (source if delta is not None or folder is None else _base_of(folder, record))
     labels = record.base.labels if record is not None else None
@@ -85,10 +90,10 @@ def open_source(source: str, *, delta: Path | None = None, task: str | None = No
     _fast_attention(loaded)
     tuned = None
     if folder is not None:
-        tuned = native.load(loaded.model, folder, fingerprint=loaded.fingerprint) if record is not None else load_peft(
-            loaded.model, folder)
+        tuned = load_any(loaded.model, folder, fingerprint=loaded.fingerprint)
+    _check_trained(loaded, tuned, source)
     known = LabelMap(tuple(labels)) if labels else _labels_of(loaded, kind)
-    settings = _data_settings(source, overrides)
+    settings = _data_settings(source if delta is None else str(delta), overrides)
     bound = kind(settings, Targets(known), loaded.model.config, tokenizer=loaded.tokenizer, processor=loaded.processor)
     return Opened(loaded, tuned, bound, record)
 
@@ -107,15 +112,26 @@ def dtype_named(name: str | None) -> torch.dtype | None:
 
 
 def _base_of(folder: Path, record: DeltaRecord | None) -> str:
-    if record is not None:
-        source = record.base.source
-    else:
-        from deltaloom.checkpoint.header import read_json
-
-        source = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    source = record.base.source if record is not None else read_json(folder / CONFIG).get("base_model_name_or_path")
     if not isinstance(source, str) or not source:
         raise CheckpointError("the delta does not say which base it belongs to", got=str(folder), hint="Name it with --model.")
     return source
+
+
+def _peft_task(folder: Path | None) -> str | None:
+    """The task that PEFT's configuration names; where it names none, as for most, a language model's."""
+    if folder is None:
+        return None
+    return PEFT_TASKS.get(str(read_json(folder / CONFIG).get("task_type")), PEFT_TASKS["CAUSAL_LM"])
+
+
+def _check_trained(loaded: LoadedModel, tuned: Tuned | None, source: str) -> None:
+    """Refuse a head that starts from random values: whatever it says would be noise."""
+    covered = {site.path for site, _ in tuned.pairs()} if tuned is not None else set()
+    missing = [name for name in loaded.new_parameters if name.rpartition(".")[0] not in covered]
+    if missing:
+        raise RefusedError(f"this model has no trained head for the task: {listed(missing, 4)} would be random", got=source,
+                           hint="Name a run, or put a delta that was trained for the task on it with --delta.")
 
 
 def _labels_of(loaded: LoadedModel, kind: type[Task]) -> LabelMap | None:
@@ -128,9 +144,10 @@ def _labels_of(loaded: LoadedModel, kind: type[Task]) -> LabelMap | None:
 def _data_settings(source: str, overrides: Sequence[str]) -> DataSettings:
     """The data settings of the run, so that rows are read as in training, without its files."""
     values: dict[str, object] = {}
-    path = Path(source).expanduser() / "run.yaml"
-    if path.is_file() and path.stat().st_size < RUN_LIMIT:
-        run = yaml.safe_load(path.read_text(encoding="utf-8"))
+    folder = Path(source).expanduser()
+    path = next((place for place in (folder / "run.yaml", folder.resolve().parent / "run.yaml") if place.is_file()), None)
+    if path is not None and delta_folder(source) is not None and path.stat().st_size < RUN_LIMIT:
+        run = read_yaml(path.read_text(encoding="utf-8", errors="replace"), path.name)
         section = run.get("data") if isinstance(run, dict) else None
         values = dict(section) if isinstance(section, dict) else {}
         for key in ("train", "eval", "eval_fraction", "max_rows", "class_weights"):

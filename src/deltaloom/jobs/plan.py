@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltaloom.checkpoint.record import read_record
 from deltaloom.events import finite
 from deltaloom.jobs.estimate import cost
-from deltaloom.jobs.prepare import DTYPES, Prepared, Say, head_methods, parse_parts, prepare
+from deltaloom.jobs.prepare import DTYPES, Prepared, Say, parse_parts, prepare
 from deltaloom.jobs.runfile import Run
-from deltaloom.jobs.tune import site_table
+from deltaloom.jobs.tune import attached, delta_folder, site_table
 from deltaloom.report.text import byte_size, count, duration, table_text
 from deltaloom.train.feed import MICRO_TOKENS
-from deltaloom.tuned import Tuned, attach
+from deltaloom.tuned import Tuned
 
 BYTES = 4  # of a trained number on the disk
 
@@ -23,12 +24,11 @@ def plan(run: Run, *, say: Say = print) -> dict[str, Any]:
         DeltaloomError: whatever would stop the run before its first step.
     """
     parts = parse_parts(run)
-    prepared = prepare(run, parts, say=say)
-    loaded = prepared.loaded
-    model_parameters = sum(p.numel() for p in loaded.model.parameters())
+    record = read_record(delta_folder(parts.continued)) if parts.continued else None
+    prepared = prepare(run, parts, say=say, record=record)
+    model_parameters = prepared.model_parameters
     tokens = _tokens(prepared)
-    tuned = attach(loaded.model, parts.methods, heads=head_methods(loaded, parts.methods), tokenizer=loaded.tokenizer,
-                   seed=run.file.seed)
+    tuned = attached(prepared)
     deltas, heads = tuned.counts()
     share = prepared.facts["learned_tokens"] / max(prepared.facts["tokens"], 1)
     longest = max(example.length for example in prepared.examples)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaloom.data.read import read_rows
-from deltaloom.errors import DataError, RefusedError
+from deltaloom.errors import RefusedError
 from deltaloom.events import finite
 from deltaloom.files import write_atomic
 from deltaloom.generate import generate
@@ -23,15 +23,14 @@ def predict(source: str, data: Sequence[Path], output: Path, *, delta: Path | No
     Raises:
         RefusedError: the output file exists. DataError: rows that cannot be used.
     """
+    if output.is_dir():
+        raise RefusedError("the output is a folder, not a file", got=str(output), hint="Name the file to write.")
     if output.exists() and not overwrite:
         raise RefusedError("the output file exists", got=str(output), hint="Pass --overwrite, or choose another name.")
     opened = open_source(source, delta=delta, task=task, overrides=overrides)
     bound = opened.task
     found = read_rows([str(path) for path in data], bound.settings, Path.cwd(), accepts=bound.formats, numbers=bound.numbers,
                       need_targets=False)
-    if bound.targets.labels is None and not bound.numbers and not bound.generates:
-        raise DataError("this model has no trained head for the task", got=source,
-                        hint="Name a run, or put a delta on it with --delta.")
     say(f"Data: {len(found)} rows; {found.detected}")
     if bound.generates:
         opened.model.eval()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from deltaloom import attention
+from deltaloom.checkpoint.record import DeltaRecord
 from deltaloom.data.encode import Example
 from deltaloom.data.facts import data_facts, overlap
 from deltaloom.data.labels import LabelMap
@@ -56,6 +57,7 @@ class Prepared:
     held: list[Example]
     facts: dict[str, Any]
     precision: str
+    model_parameters: int  # of the loaded model, before anything is attached
     notes: list[tuple[str, str]] = field(default_factory=list)  # (kind, message) of warnings
 
     @property
@@ -88,13 +90,16 @@ def parse_parts(run: Run) -> Parts:
     return Parts(task, data, (), train, located(str(entries[0]["from"]), run.base))
 
 
-def prepare(run: Run, parts: Parts, *, say: Say, known: LabelMap | None = None,
-            old_facts: dict[str, Any] | None = None) -> Prepared:
-    """Rows read, model loaded, rows encoded, facts gathered.
+def prepare(run: Run, parts: Parts, *, say: Say, record: DeltaRecord | None = None) -> Prepared:
+    """Rows read, model loaded, rows encoded, facts gathered; `record` is that of a delta that training goes on from.
 
-    `known` are the labels of a delta that training goes on from, `old_facts` the facts of its data.
+    Raises:
+        RefusedError: that delta is for another task. DataError, SettingsError, CheckpointError: data, settings or model.
     """
     kind = parts.task
+    if record is not None and record.base.task != kind.name:
+        raise RefusedError("the delta was trained for another task", got=kind.name, legal=record.base.task)
+    known = LabelMap(tuple(record.base.labels)) if record is not None and record.base.labels else None
     rows = read_data(parts.data, run.base, accepts=kind.formats, numbers=kind.numbers, seed=run.file.seed)
     evaluation = rows.eval.rows if rows.eval is not None else ()
     say(f"Data: {len(rows.train)} rows, {len(evaluation)} for evaluation; {rows.train.detected}")
@@ -108,13 +113,17 @@ def prepare(run: Run, parts: Parts, *, say: Say, known: LabelMap | None = None,
     examples, held = task.encode(rows.train.rows), task.encode(evaluation)
     facts = data_facts(rows.train, examples, rows.eval, held, tokenizer=loaded.tokenizer, labels=targets.labels)
     notes = [("model", note) for note in (*loaded.notes, *task.notes)] + [("data", text) for text in facts["warnings"]]
-    if old_facts is not None:
-        facts["continued"] = overlap(old_facts, facts)
+    if record is not None and record.data is not None:
+        facts["continued"] = overlap(record.data, facts)
         if facts["continued"]["known_tokens"] < 0.5:
             share = facts["continued"]["known_tokens"]
             notes.append(("overlap", f"only {share:.0%} of this data's vocabulary occurred in the data of the earlier delta"))
     notes += _use_fast_attention(loaded)
-    return Prepared(run, parts, rows, task, loaded, examples, held, facts, precision, notes)
+    if parts.train.packing:
+        attention.check_packable(loaded.model)
+        task.pack(examples[:1])
+    return Prepared(run, parts, rows, task, loaded, examples, held, facts, precision,
+                    sum(parameter.numel() for parameter in loaded.model.parameters()), notes)
 
 
 def head_methods(loaded: LoadedModel, methods: tuple[Method, ...]) -> list[Method]:
@@ -133,13 +142,13 @@ def head_methods(loaded: LoadedModel, methods: tuple[Method, ...]) -> list[Metho
 def model_source(run: Run) -> str:
     """The model as the run file names it; a folder or GGUF file relative to the run file is found there."""
     near = run.base / run.file.model
-    return str(near) if near.exists() and not Path(run.file.model).exists() else run.file.model
+    return str(near) if near.exists() else run.file.model
 
 
 def located(name: str, base: Path) -> Path:
-    """A path of the run file: as given, or relative to the run file's folder."""
-    path = Path(name).expanduser()
-    return path if path.exists() or path.is_absolute() else base / path
+    """A path of the run file: relative to the run file's folder, or as given."""
+    near = base / Path(name).expanduser()
+    return near if near.exists() else Path(name).expanduser()
 
 
 def chosen_precision(wanted: str, device: str = "cpu") -> tuple[str, torch.dtype, str]:

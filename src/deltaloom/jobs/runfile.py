@@ -5,7 +5,9 @@ Every section is parsed by the part that reads it; this file knows only their na
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from deltaloom.errors import SettingsError, did_you_mean
 from deltaloom.settings import Settings
 
 LIMIT = 1_000_000  # bytes of a run file; anything larger is not one
+MOST_VALUES, DEEPEST = 100_000, 50  # of a run file: YAML's aliases can blow a short text up without end
+# What PyYAML's constructors raise on malformed values (an impossible date, a number without digits, a bad !!tag).
+MALFORMED = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
 
 
 class LogSettings(Settings):
@@ -54,23 +59,21 @@ def read_run_file(path: Path, overrides: list[str] | None = None) -> Run:
     Raises:
         SettingsError: no file, no YAML mapping, an unknown key, an override that cannot be applied.
     """
-    text = _read(path)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path.name}:{mark.line + 1}" if mark is not None else path.name
-        raise SettingsError(f"{where}: this is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    values = read_yaml(_read(path), path.name)
     if not isinstance(values, dict):
         raise SettingsError(f"{path.name} must hold a mapping of keys to values", got=type(values).__name__,
                             legal=RunFile.model_fields, hint="`deltaloom init` writes a starter run file.")
-    values = number_or(values)
     values.pop("origins", None)  # a resolved run file of an earlier run may be run again
     return parse_run(values, overrides or [], base=path.resolve().parent, name=path.stem)
 
 
-def parse_run(values: dict[str, Any], overrides: list[str] = (), *, base: Path, name: str = "run") -> Run:  # type: ignore[assignment]
-    """A run from a mapping, as a library user or `read_run_file` has it."""
+def parse_run(values: dict[str, Any], overrides: Sequence[str] = (), *, base: Path, name: str = "run") -> Run:
+    """A run from a mapping, as a library user or `read_run_file` has it; the mapping stays as it is.
+
+    Raises:
+        SettingsError: an unknown key, an override that cannot be applied.
+    """
+    values = copy.deepcopy(values)
     origins = dict.fromkeys(_leaves(values), "file")
     for override in overrides:
         key = apply_override(values, override)
@@ -85,17 +88,15 @@ def apply_override(values: dict[str, Any], override: str) -> str:
     if not sign or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise SettingsError("an override has the form key.path=value", got=override,
                             hint="For example: -s train.learning_rate=5e-4")
-    try:
-        value = number_or(yaml.safe_load(text))
-    except yaml.YAMLError:
-        raise SettingsError("the value of an override is not YAML", got=override) from None
+    value = read_yaml(text, f"the value of the override '{key}'")
     place: Any = values
     parts = key.split(".")
     for position, part in enumerate(parts):
         last = position == len(parts) - 1
         if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
-                raise SettingsError(f"the override '{key}' names no entry of the list", got=part, legal=range(len(place)))
+            if part not in map(str, range(len(place))):
+                raise SettingsError(f"the override '{key}' names no entry of the list", got=part,
+                                    legal=range(len(place)) if place else "none: the list is empty")
             if last:
                 place[int(part)] = value
             place = place[int(part)]
@@ -113,14 +114,58 @@ def apply_override(values: dict[str, Any], override: str) -> str:
     return key
 
 
-def number_or(value: Any) -> Any:
-    """The value; text such as 5e-4, which YAML 1.1 does not take for a number, as a float."""
+class _Loader(yaml.SafeLoader):
+    """YAML as a run file needs it: a key only once, and dates stay the text that they are."""
+
+    yaml_implicit_resolvers = {first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]  # noqa: RUF012
+                               for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """The mapping; a key that stands there twice is an error, because only one of its values could count."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' stands there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """The plain value (mappings, lists, text, numbers, true, false, null) of a YAML text; `where` is named by errors.
+
+    Text such as 5e-4, which YAML 1.1 does not take for a number, becomes a float.
+
+    Raises:
+        SettingsError: not YAML, a key twice, something that is no plain value, or too much of it.
+    """
+    try:
+        return _plain(yaml.load(text, _Loader), 0, [0])  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise SettingsError(f"{where}{line}: this is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except MALFORMED as error:
+        raise SettingsError(f"{where}: this is not valid YAML: {error or type(error).__name__}") from None
+
+
+def _plain(value: Any, depth: int, seen: list[int]) -> Any:
+    """The value without anything that YAML has and a run file has not."""
+    seen[0] += 1
+    if depth > DEEPEST or seen[0] > MOST_VALUES:
+        raise ValueError(f"nested more than {DEEPEST} deep" if depth > DEEPEST else f"more than {MOST_VALUES} values")
     if isinstance(value, dict):
-        return {key: number_or(item) for key, item in value.items()}
+        odd = [key for key in value if not isinstance(key, str | int | float | bool | None)]
+        if odd:
+            raise ValueError(f"a key must be a word, got {odd[0]!r}")
+        return {key if isinstance(key, str) else str(key): _plain(item, depth + 1, seen) for key, item in value.items()}
     if isinstance(value, list):
-        return [number_or(item) for item in value]
+        return [_plain(item, depth + 1, seen) for item in value]
     if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
         return float(value)
+    if isinstance(value, str):
+        value.encode()  # half a surrogate pair is no text; UnicodeEncodeError is a ValueError
+    elif not isinstance(value, int | float | bool | None):
+        raise ValueError(f"a value must be text, a number, a list or a mapping, got {type(value).__name__}")
     return value
 
 
@@ -155,5 +200,7 @@ def _read(path: Path) -> str:
         raise SettingsError("this is too large for a run file", got=f"{path.stat().st_size} bytes", legal=f"up to {LIMIT} bytes")
     try:
         return path.read_text(encoding="utf-8-sig")
+    except PermissionError:
+        raise SettingsError("this run file cannot be read", got=str(path), hint="Its permissions forbid it.") from None
     except UnicodeDecodeError:
         raise SettingsError("this is not a text file", got=path.name, hint="A run file is YAML in UTF-8.") from None

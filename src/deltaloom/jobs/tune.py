@@ -14,8 +14,7 @@ import torch
 
 from deltaloom.checkpoint import native
 from deltaloom.checkpoint.peft import write_peft
-from deltaloom.checkpoint.record import DeltaRecord, read_record
-from deltaloom.data.labels import LabelMap
+from deltaloom.checkpoint.record import read_record
 from deltaloom.deltas.base import method_record
 from deltaloom.errors import RefusedError
 from deltaloom.evaluate.base import Prediction
@@ -23,7 +22,7 @@ from deltaloom.events import Attached, DataRead, Emitter, JsonLines, Sampled, Si
 from deltaloom.files import write_atomic
 from deltaloom.jobs.doctor import environment
 from deltaloom.jobs.estimate import flops_per_token, matmul_rate
-from deltaloom.jobs.folder import clear_folder, folder_bytes, open_folder, write_json
+from deltaloom.jobs.folder import check_folder, clear_folder, folder_bytes, write_json
 from deltaloom.jobs.prepare import DTYPES, Prepared, Say, head_methods, parse_parts, prepare
 from deltaloom.jobs.runfile import Run, resolved_yaml
 from deltaloom.jobs.scoring import Scores, answers, class_rows, majority, score, shown_rows
@@ -62,24 +61,27 @@ def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = 
     """
     parts = parse_parts(run)
     folder = Path(run.file.output or f"runs/{run.name}")
-    open_folder(folder, resume=resume, overwrite=overwrite)
+    check_folder(folder, resume=resume, overwrite=overwrite)
+    if parts.continued is not None and not resume and parts.continued.resolve().is_relative_to(folder.resolve()):
+        raise RefusedError("the run would replace the delta that it goes on from", got=str(folder), hint="Choose another output.")
     record = read_record(delta_folder(parts.continued)) if parts.continued else None
-    known = LabelMap(tuple(record.base.labels)) if record is not None and record.base.labels else None
-    prepared = prepare(run, parts, say=say, known=known, old_facts=record.data if record is not None else None)
-    if not resume:
+    prepared = prepare(run, parts, say=say, record=record)
+    before = _before(prepared)
+    tuned = attached(prepared)
+    early: list[Any] = []
+    checkpoint = latest_checkpoint(folder / "checkpoints", Emitter([early.append])) if resume else None
+    if checkpoint is not None:
+        checkpoint.rewind(folder / "events.jsonl")
+    else:
         clear_folder(folder)
     with ExitStack() as stack:
         progress = stack.enter_context(TerminalProgress())
-        early: list[Any] = []
-        checkpoint = latest_checkpoint(folder / "checkpoints", Emitter([early.append])) if resume else None
-        if checkpoint is not None:
-            checkpoint.rewind(folder / "events.jsonl")
         log = JsonLines(folder / "events.jsonl")
         stack.callback(log.close)
         emit = Emitter([log, *_tensorboard(run, folder, stack), *sinks, progress])
         for event in early:
             emit(event)
-        return _run(prepared, record, folder, checkpoint, emit, say)
+        return _run(prepared, tuned, before, folder, checkpoint, emit, say)
 
 
 def delta_folder(path: Path) -> Path:
@@ -87,12 +89,10 @@ def delta_folder(path: Path) -> Path:
     return path / "delta" if (path / "delta" / "delta.json").is_file() else path
 
 
-def _run(prepared: Prepared, record: DeltaRecord | None, folder: Path, checkpoint: Checkpoint | None, emit: Emitter,
+def _run(prepared: Prepared, tuned: Tuned, before: Before, folder: Path, checkpoint: Checkpoint | None, emit: Emitter,
          say: Say) -> dict[str, Any]:
     run, parts = prepared.run, prepared.parts
-    before = _before(prepared)
-    total = sum(parameter.numel() for parameter in prepared.loaded.model.parameters())
-    tuned = _attached(prepared, record)
+    total = prepared.model_parameters
     resolved = _resolved(prepared, tuned)
     write_atomic(folder / "run.yaml", resolved_yaml(resolved, run.origins))
     write_json(folder / "environment.json", environment() | {"threads": torch.get_num_threads(), "precision": prepared.precision})
@@ -119,22 +119,25 @@ def _before(prepared: Prepared) -> Before:
     return Before(scores, answers(prepared.task, prepared.loaded.model, rows[:len(chosen)], prepared.held[:len(chosen)]))
 
 
-def _attached(prepared: Prepared, record: DeltaRecord | None) -> Tuned:
-    """New deltas, or those of an earlier run, on the loaded model."""
+def attached(prepared: Prepared) -> Tuned:
+    """New deltas, or those of an earlier run, on the loaded model.
+
+    Raises:
+        CheckpointError: the earlier delta is damaged or of another base. TargetError, RefusedError: a method cannot be attached.
+    """
     loaded, seed = prepared.loaded, prepared.run.file.seed
     if prepared.parts.continued is None:
         methods = prepared.parts.methods
         return attach(loaded.model, methods, heads=head_methods(loaded, methods), tokenizer=loaded.tokenizer, seed=seed)
     saved, found = native.read(delta_folder(prepared.parts.continued))
     native.check_base(loaded.model, found.base, loaded.fingerprint)
-    if record is not None and record.base.task != prepared.task.name:
-        raise RefusedError("the delta was trained for another task", got=prepared.task.name, legal=record.base.task)
     return restore(loaded.model, saved)
 
 
 def _feed(prepared: Prepared) -> ExampleFeed:
     rows = prepared.rows.train.rows
-    return ExampleFeed(prepared.examples, prepared.task.collate, prepared.parts.train, seed=prepared.run.file.seed,
+    task, settings = prepared.task, prepared.parts.train
+    return ExampleFeed(prepared.examples, task.pack if settings.packing else task.collate, settings, seed=prepared.run.file.seed,
                        place=lambda index: rows[index].where)
 
 
