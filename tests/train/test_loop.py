@@ -308,8 +308,3 @@ def test_no_warning_in_a_plain_run():
     log = Log()
     run(tuned_model(), TrainSettings(max_steps=2, batch_size=6), log)
     assert log.of(Warned) == []
-
-
-def test_packing_is_not_silently_left_out():
-    with pytest.raises(RefusedError, match="packing"):
-        feed(TrainSettings(packing=True))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from deltaloom.attention import Segments
 from deltaloom.data.encode import IGNORED, Example
 from deltaloom.errors import SettingsError
 
@@ -24,12 +25,13 @@ Kind = Literal["causal", "seq2seq", "class", "number", "tags"]
 class Batch:
     """A micro-batch, padded on the right.
 
-    `inputs` are keyword arguments of the model, `labels` is (batch, time) or (batch,), None if a row has no target;
-    `lengths` (batch,) are real tokens a row, `tokens` their sum, `padded_tokens` the size with padding. `places` (n,), for causal
-    models: the flat positions whose next token is learned (known here, so that an accelerator need not wait to count them).
+    `inputs` are keyword arguments of the model (tensors, and the segments of packed rows), `labels` is (batch, time) or
+    (batch,), None if a row has no target; `lengths` (batch,) are real tokens a row, `tokens` their sum, `padded_tokens` the
+    size with padding. `places` (n,), for causal models: the flat positions whose next token is learned (known here, so that
+    an accelerator need not wait to count them).
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     labels: Tensor | None
     examples: tuple[Example, ...]
     lengths: Tensor
@@ -48,7 +50,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        inputs = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                  for name, value in self.inputs.items()}
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
         places = None if self.places is None else self.places.to(device, non_blocking=True)
         return replace(self, inputs=inputs, labels=labels, lengths=self.lengths.to(device, non_blocking=True), places=places)
@@ -58,9 +61,10 @@ def plan_steps(lengths: Sequence[int], *, batch_size: int | None = None, batch_t
                epoch: int = 0, micro_tokens: int = 2048) -> list[list[list[int]]]:
     """One epoch: for each optimizer step its micro-batches, as indices of examples; every example occurs once.
 
-    A step holds `batch_size` examples, or as many as have at most `batch_tokens` real tokens (the last steps may be smaller).
+    A step holds `batch_size` examples, or as many as have at most `batch_tokens` real tokens (the last may be smaller).
     Examples are shuffled by seed and epoch alone, sorted by length within groups of up to 50 steps (at least 8 groups), cut
-    into steps, and the steps are shuffled. A micro-batch has at most `micro_tokens` tokens with padding, unless one example is longer.
+    into steps, and the steps are shuffled. A micro-batch has at most `micro_tokens` tokens with padding, unless one example is
+    longer.
     """
     if (batch_size is None) == (batch_tokens is None):
         raise SettingsError("give one of batch_size and batch_tokens", got=f"{batch_size} and {batch_tokens}")
@@ -146,6 +150,27 @@ def collate(examples: Sequence[Example], pad_id: int, kind: Kind, decoder_start:
         padded += labels.numel()
     places = learned_places(labels) if kind == "causal" and labels is not None else None
     return Batch(inputs, labels, tuple(examples), torch.tensor([example.length for example in examples]), padded, places)
+
+
+def pack(examples: Sequence[Example]) -> Batch:
+    """Examples of a causal model one after another in a single row, without any padding; each sees itself only.
+
+    Positions start anew at every example, and no example's first token is learned, so losses and gradients are those of
+    separate rows. The model has to use our attention.
+    """
+    batch = collate(examples, 0, "causal")
+    sizes = tuple(len(example.input_ids) for example in examples)
+    segments = Segments(sizes)
+    ids = torch.tensor([token for example in examples for token in example.input_ids])[None]
+    labels = None
+    if batch.labels is not None:
+        rows = [row[:size].clone() for row, size in zip(batch.labels, sizes, strict=True)]
+        for row in rows:
+            row[:1] = IGNORED
+        labels = torch.cat(rows)[None]
+    inputs = {"input_ids": ids, "position_ids": segments.positions(), "segments": segments}
+    places = learned_places(labels) if labels is not None else None
+    return Batch(inputs, labels, batch.examples, batch.lengths, ids.numel(), places)
 
 
 def learned_places(labels: Tensor) -> Tensor:

@@ -73,6 +73,15 @@ class Task(ABC):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Examples as a padded batch."""
 
+    def pack(self, examples: Sequence[Example]) -> Batch:
+        """Examples one after another in a single row, each seeing itself only.
+
+        Raises:
+            RefusedError: rows of this task are not packed.
+        """
+        raise RefusedError(f"rows of task {self.name} are not packed", got="train.packing: true",
+                           hint="Set train.packing to false: batches of rows of similar length have little padding too.")
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float | Tensor]:
         """(sum of the losses in nats or squared units, what to divide it by: tokens, rows, or the sum of their weights).

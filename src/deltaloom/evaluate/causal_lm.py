@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from deltaloom.architectures import FAMILIES
-from deltaloom.data.batches import Batch, collate, learned_places
+from deltaloom.data.batches import Batch, collate, learned_places, pack
 from deltaloom.data.encode import Example, encode_causal, encode_prompts
 from deltaloom.data.rows import Row
 from deltaloom.errors import RefusedError
@@ -41,6 +41,10 @@ class CausalLM(Task):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Right-padded ids without a mask."""
         return collate(examples, self.pad_id, "causal")
+
+    def pack(self, examples: Sequence[Example]) -> Batch:
+        """One row without padding."""
+        return pack(examples)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float | Tensor]:
         """(sum over the learned tokens, their number)."""

@@ -9,7 +9,6 @@ import torch
 
 from deltaloom.data.batches import Batch, plan_steps
 from deltaloom.data.encode import Example
-from deltaloom.errors import RefusedError
 from deltaloom.train.settings import TrainSettings
 
 MICRO_TOKENS = 2048  # tokens of a micro-batch with padding: larger ones are no faster on a CPU and take more memory
@@ -30,17 +29,10 @@ class Feed(Protocol):
 
 
 class ExampleFeed:
-    """A feed from encoded examples: `plan_steps` decides the order, `collate` makes the tensors.
-
-    Raises:
-        RefusedError: the settings ask for packing, which `collate` does not do.
-    """
+    """A feed from encoded examples: `plan_steps` decides the order, `collate` makes the tensors."""
 
     def __init__(self, examples: Sequence[Example], collate: Collate, settings: TrainSettings, *, seed: int = 0,
                  micro_tokens: int = MICRO_TOKENS, place: Callable[[int], str] | None = None) -> None:
-        if settings.packing:
-            raise RefusedError("rows of this task cannot be packed yet", got="train.packing: true",
-                               hint="Set train.packing to false: batches of rows of similar length have little padding too.")
         self.examples = examples
         self.collate = collate
         self.settings = settings
