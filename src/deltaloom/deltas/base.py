@@ -18,8 +18,8 @@ import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
-from deltaloom.errors import RefusedError, SettingsError
-from deltaloom.registry import class_named
+from deltaloom.errors import RefusedError, SettingsError, did_you_mean
+from deltaloom.registry import class_named, names_in
 from deltaloom.settings import Settings
 from deltaloom.sites import Kind, Site, affine_weight, find_sites
 
@@ -196,6 +196,7 @@ class Method(Settings, ABC):
     kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
     peft_types: ClassVar[tuple[str, ...]] = ()   # values of PEFT's `peft_type` that this method reads and writes
     peft_fields: ClassVar[tuple[str, ...]] = ()  # fields by which it is part of another method's PEFT adapter
+    asked_as: ClassVar[Mapping[str, str]] = {}   # names that are no method, and how this one does what they ask for
 
     targets: str | tuple[str, ...] = "all-linear"
     """Which sites: words, names, roles, globs, `re:` expressions; see `deltaloom.sites.find_sites`."""
@@ -259,8 +260,17 @@ def method_from(record: dict[str, Any], where: str = "deltas") -> Method:
     name = record.get("method")
     if not isinstance(name, str):
         raise SettingsError(f"{where}: each entry needs 'method: NAME'", got=record)
-    cls = class_named("deltaloom.deltas", name, Method, "method")  # type: ignore[type-abstract]
+    legal = names_in("deltaloom.deltas")
+    if name not in legal:
+        answers = [_class(each).asked_as.get(name) for each in legal]
+        hint = next((answer for answer in answers if answer), did_you_mean(name, legal))
+        raise SettingsError(f"{where}: unknown method", got=name, legal=legal, hint=hint)
+    cls = _class(name)
     return cls.parse({key: value for key, value in record.items() if key != "method"}, f"{where} ({name})")
+
+
+def _class(name: str) -> type[Method]:
+    return class_named("deltaloom.deltas", name, Method, "method")  # type: ignore[type-abstract]
 
 
 def method_record(method: Method) -> dict[str, Any]:

@@ -12,7 +12,7 @@ nothing changes at birth.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -62,6 +62,8 @@ class Bottleneck(Method):
 
     name: ClassVar[str] = "bottleneck"
     kinds: ClassVar[tuple[Kind, ...]] = ("branch",)
+    asked_as: ClassVar[Mapping[str, str]] = dict.fromkeys(("adapter", "adapters", "houlsby", "pfeiffer"),
+                                                          "Write: {method: bottleneck}; its placement says where.")
 
     targets: str | tuple[str, ...] = "placement"
     """Which branches (`attention`, `cross_attention`, `mlp`); `placement`: those that the placement stands on."""

@@ -10,7 +10,7 @@ Liu et al. 2024 (arXiv 2402.09353).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -90,6 +90,9 @@ class DoRA(RankedMethod):
 
     name: ClassVar[str] = "dora"
     peft_types: ClassVar[tuple[str, ...]] = (PEFT_TYPE,)
+    asked_as: ClassVar[Mapping[str, str]] = {
+        "qdora": "That is a combination: quantise the base and use dora. Quantised bases come in a later version; dora works "
+                 "on the base as it is."}
 
     def attach(self, sites: Sequence[Site], context: AttachContext) -> Attachment:
         """One magnitude and one pair for each site."""

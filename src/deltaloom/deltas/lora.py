@@ -13,7 +13,7 @@ Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scale: Kalajdzievski 2023 (23
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -86,6 +86,11 @@ class LoRA(RankedMethod):
     name: ClassVar[str] = "lora"
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding")
     peft_types: ClassVar[tuple[str, ...]] = (PEFT_TYPE,)
+    asked_as: ClassVar[Mapping[str, str]] = {
+        "qlora": "That is a combination: quantise the base and use lora. Quantised bases come in a later version; lora works "
+                 "on the base as it is.",
+        "rslora": "Write: {method: lora, rslora: true}.",
+        "pissa": "Write: {method: lora, init: pissa}."}
 
     init: Literal["gaussian", "pissa"] = "gaussian"
     """Initial values: random, or the weight's largest singular directions."""

@@ -40,8 +40,7 @@ class MethodFacts:
 def catalogue(folder: Path | None = None) -> list[MethodFacts]:
     """Every method, by its file in the deltas folder; one whose file is faulty says so and hides no other."""
     place = folder or Path(deltas.__path__[0])
-    common = _settings_of(ast.parse((Path(deltas.__path__[0]) / "base.py").read_text(encoding="utf-8")), "Method")
-    return [_read(place / f"{name.replace('-', '_')}.py", name, common) for name in names_of(place)]
+    return [_read(place / f"{name.replace('-', '_')}.py", name) for name in names_of(place)]
 
 
 def one_or_all(name: str | None) -> list[MethodFacts]:
@@ -71,7 +70,7 @@ def method_text(methods: list[MethodFacts], *, full: bool) -> str:
     return "\n".join(lines)
 
 
-def _read(path: Path, name: str, common: dict[str, SettingFacts]) -> MethodFacts:
+def _read(path: Path, name: str) -> MethodFacts:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
@@ -80,17 +79,30 @@ def _read(path: Path, name: str, common: dict[str, SettingFacts]) -> MethodFacts
     classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and _class_value(node, "name") == name]
     if not classes:
         return MethodFacts(name, "", text, (), f"its file {path.name} defines no method of that name")
-    own = _settings_of(tree, classes[0])
-    settings = own | {key: value for key, value in common.items() if key not in own}
-    return MethodFacts(name, text.split("\n", 1)[0], text, tuple(settings.values()))
+    return MethodFacts(name, text.split("\n", 1)[0], text, tuple(_settings_of(tree, classes[0]).values()))
 
 
 def _settings_of(tree: ast.Module, class_name: str) -> dict[str, SettingFacts]:
-    """The annotated fields of a class, with the string that follows each as its description."""
+    """The annotated fields of a class and of its bases in the deltas folder, its own first."""
+    found: dict[str, SettingFacts] = {}
+    node = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
+    if node is not None:
+        found.update((fact.name, fact) for fact in _fields(node))
+        for base in node.bases:
+            inherited = _settings_of(_home_of(tree, ast.unparse(base)), ast.unparse(base))
+            found.update((key, fact) for key, fact in inherited.items() if key not in found)
+    return found
+
+
+def _home_of(tree: ast.Module, class_name: str) -> ast.Module:
+    """The file of the deltas folder that a class is imported from; this one, if it is from elsewhere."""
+    package = f"{deltas.__name__}."
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == class_name:
-            return {fact.name: fact for fact in _fields(node)}
-    return {}
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").startswith(package)
+                and class_name in [alias.name for alias in node.names]):
+            path = Path(deltas.__path__[0]) / f"{(node.module or '').removeprefix(package)}.py"
+            return ast.parse(path.read_text(encoding="utf-8"))
+    return tree
 
 
 def _fields(node: ast.ClassDef) -> list[SettingFacts]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ RUN_LIMIT = 1_000_000
 # What PEFT calls the tasks; its files do not tell tags from classes of images, nor numbers from classes.
 PEFT_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_2_SEQ_LM": "seq2seq-lm", "SEQ_CLS": "sequence-classification",
               "TOKEN_CLS": "token-classification"}
+NOT_OF_A_ROW = ("train", "eval", "eval_fraction", "max_rows", "class_weights")  # data settings that decide no row's reading
 AS_STORED = "as stored"  # the dtype that the base's checkpoint has
 
 
@@ -85,6 +87,9 @@ def open_source(source: str, *, delta: Path | None = None, task: str | None = No
     kind = task_named(name)
     base = model or (source if delta is not None or folder is None else _base_of(folder, record))
     labels = record.base.labels if record is not None else None
+    run = _run_of(source if delta is None else str(delta))
+    if dtype == "auto" and run.get("train", {}).get("precision") in DTYPES:
+        dtype = run["train"]["precision"]  # as in training, so that the numbers are those of the run
     number = None if dtype == AS_STORED else chosen_precision(dtype)[1]
     loaded = load_model(base, task=name, labels=labels, dtype=number)
     _fast_attention(loaded)
@@ -93,7 +98,7 @@ def open_source(source: str, *, delta: Path | None = None, task: str | None = No
         tuned = load_any(loaded.model, folder, fingerprint=loaded.fingerprint)
     _check_trained(loaded, tuned, source)
     known = LabelMap(tuple(labels)) if labels else _labels_of(loaded, kind)
-    settings = _data_settings(source if delta is None else str(delta), overrides)
+    settings = _data_settings(run.get("data", {}), overrides)
     bound = kind(settings, Targets(known), loaded.model.config, tokenizer=loaded.tokenizer, processor=loaded.processor)
     return Opened(loaded, tuned, bound, record)
 
@@ -141,17 +146,19 @@ def _labels_of(loaded: LoadedModel, kind: type[Task]) -> LabelMap | None:
     return LabelMap(tuple(str(names[index]) for index in sorted(names)))
 
 
-def _data_settings(source: str, overrides: Sequence[str]) -> DataSettings:
-    """The data settings of the run, so that rows are read as in training, without its files."""
-    values: dict[str, object] = {}
+def _run_of(source: str) -> dict[str, Any]:
+    """The sections of the run file in the run folder that is named, or whose delta is named; empty for anything else."""
     folder = Path(source).expanduser()
     path = next((place for place in (folder / "run.yaml", folder.resolve().parent / "run.yaml") if place.is_file()), None)
-    if path is not None and delta_folder(source) is not None and path.stat().st_size < RUN_LIMIT:
-        run = read_yaml(path.read_text(encoding="utf-8", errors="replace"), path.name)
-        section = run.get("data") if isinstance(run, dict) else None
-        values = dict(section) if isinstance(section, dict) else {}
-        for key in ("train", "eval", "eval_fraction", "max_rows", "class_weights"):
-            values.pop(key, None)
+    if path is None or delta_folder(source) is None or path.stat().st_size > RUN_LIMIT:
+        return {}
+    run = read_yaml(path.read_text(encoding="utf-8", errors="replace"), path.name)
+    return {key: value for key, value in run.items() if isinstance(value, dict)} if isinstance(run, dict) else {}
+
+
+def _data_settings(section: dict[str, Any], overrides: Sequence[str]) -> DataSettings:
+    """The data settings of the run, so that rows are read as in training, without its files."""
+    values = {key: value for key, value in section.items() if key not in NOT_OF_A_ROW}
     holder: dict[str, object] = {"data": values}
     for override in overrides:
         if not apply_override(holder, override).startswith("data."):

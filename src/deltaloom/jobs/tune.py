@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ from deltaloom.checkpoint import native
 from deltaloom.checkpoint.peft import write_peft
 from deltaloom.checkpoint.record import read_record
 from deltaloom.deltas.base import method_record
-from deltaloom.errors import RefusedError
+from deltaloom.errors import RefusedError, SettingsError, did_you_mean
 from deltaloom.evaluate.base import Prediction
 from deltaloom.events import Attached, DataRead, Emitter, JsonLines, Sampled, Sink, Warned, finite
 from deltaloom.files import write_atomic
 from deltaloom.jobs.doctor import environment
 from deltaloom.jobs.estimate import flops_per_token, matmul_rate
 from deltaloom.jobs.folder import check_folder, clear_folder, folder_bytes, write_json
-from deltaloom.jobs.prepare import DTYPES, Prepared, Say, head_methods, parse_parts, prepare
+from deltaloom.jobs.prepare import DTYPES, Prepared, Say, head_methods, model_source, parse_parts, prepare
 from deltaloom.jobs.runfile import Run, resolved_yaml
 from deltaloom.jobs.scoring import Scores, answers, class_rows, majority, score, shown_rows
 from deltaloom.report.card import model_card
@@ -34,7 +35,7 @@ from deltaloom.report.text import byte_size, count, figure, table_text
 from deltaloom.sites import all_sites
 from deltaloom.train.checkpoints import Checkpoint, latest_checkpoint
 from deltaloom.train.feed import ExampleFeed
-from deltaloom.train.loop import train
+from deltaloom.train.loop import check_no_evaluation, train
 from deltaloom.train.progress import Goal
 from deltaloom.train.run import TrainResult
 from deltaloom.tuned import Tuned, attach, restore
@@ -66,7 +67,12 @@ def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = 
         raise RefusedError("the run would replace the delta that it goes on from", got=str(folder), hint="Choose another output.")
     record = read_record(delta_folder(parts.continued)) if parts.continued else None
     prepared = prepare(run, parts, say=say, record=record)
+    if not prepared.held:
+        check_no_evaluation(parts.train)
     before = _before(prepared)
+    if prepared.held and _goal(prepared)[0] not in before.scores.metrics:
+        raise SettingsError("train.metric names no metric of this task", got=_goal(prepared)[0], legal=before.scores.metrics,
+                            hint=did_you_mean(_goal(prepared)[0], before.scores.metrics))
     tuned = attached(prepared)
     early: list[Any] = []
     checkpoint = latest_checkpoint(folder / "checkpoints", Emitter([early.append])) if resume else None
@@ -93,7 +99,7 @@ def _run(prepared: Prepared, tuned: Tuned, before: Before, folder: Path, checkpo
          say: Say) -> dict[str, Any]:
     run, parts = prepared.run, prepared.parts
     total = prepared.model_parameters
-    resolved = _resolved(prepared, tuned)
+    resolved = _resolved(prepared, folder)
     write_atomic(folder / "run.yaml", resolved_yaml(resolved, run.origins))
     write_json(folder / "environment.json", environment() | {"threads": torch.get_num_threads(), "precision": prepared.precision})
     deltas, heads = tuned.counts()
@@ -108,8 +114,7 @@ def _run(prepared: Prepared, tuned: Tuned, before: Before, folder: Path, checkpo
         evaluate=_evaluation(prepared) if prepared.held else None, goal=Goal(*_goal(prepared)), folder=folder / "checkpoints",
         log=folder / "events.jsonl", resume=checkpoint, identity=_identity(prepared),
         floor_rate=matmul_rate(DTYPES[prepared.precision]) / flops)
-    return _finish(prepared, tuned, result, before, folder, emit, say, total=total, flops=flops, resolved=resolved,
-                   started=(deltas, heads))
+    return _finish(prepared, tuned, result, before, folder, emit, say, total=total, flops=flops, started=(deltas, heads))
 
 
 def _before(prepared: Prepared) -> Before:
@@ -194,15 +199,30 @@ def _held_rows(prepared: Prepared) -> tuple[Any, ...]:
     return prepared.rows.eval.rows if prepared.rows.eval is not None else ()
 
 
-def _resolved(prepared: Prepared, tuned: Tuned) -> dict[str, Any]:
-    file, parts = prepared.run.file, prepared.parts
-    methods = [method_record(attached.method) for attached in tuned.attached() if not attached.is_head]
-    return {"model": file.model, "task": prepared.task.name, "data": parts.data.as_dict(), "deltas": methods,
-            "train": parts.train.as_dict(), "log": file.log.as_dict(), "seed": file.seed, "output": file.output}
+def _resolved(prepared: Prepared, folder: Path) -> dict[str, Any]:
+    """The run file that makes the same run again from the run folder: relative paths start there."""
+    run, parts = prepared.run, prepared.parts
+    data = parts.data.as_dict()
+    data |= {key: _seen_from(folder, data[key], run.base) for key in ("train", "eval")}
+    deltas = [method_record(method) for method in parts.methods]
+    if parts.continued is not None:
+        deltas = [{"from": _seen_from(folder, str(parts.continued), Path.cwd())}]
+    model = run.file.model if model_source(run) == run.file.model else _seen_from(folder, run.file.model, run.base)
+    return {"model": model, "task": prepared.task.name, "data": data, "deltas": deltas, "train": parts.train.as_dict(),
+            "log": run.file.log.as_dict(), "seed": run.file.seed, "output": run.file.output}
+
+
+def _seen_from(folder: Path, value: Any, base: Path) -> Any:
+    """Relative paths that start at `base`, as they are from `folder`; others and None as they are."""
+    if isinstance(value, list):
+        return [_seen_from(folder, item, base) for item in value]
+    if value is None or Path(value).expanduser().is_absolute():
+        return value
+    return Path(os.path.relpath(base / value, folder)).as_posix()
 
 
 def _finish(prepared: Prepared, tuned: Tuned, result: TrainResult, before: Before, folder: Path, emit: Emitter, say: Say, *,
-            total: int, flops: int, resolved: dict[str, Any], started: tuple[int, int]) -> dict[str, Any]:
+            total: int, flops: int, started: tuple[int, int]) -> dict[str, Any]:
     """Final scores, the delta and its PEFT copy, predictions, metrics, card and report."""
     task, rows = prepared.task, _held_rows(prepared)
     scores = score(task, tuned, prepared.held, rows)
@@ -222,8 +242,9 @@ def _finish(prepared: Prepared, tuned: Tuned, result: TrainResult, before: Befor
     if rows:
         _write_predictions(folder / "predictions.jsonl", scores.predictions, rows, [example.row for example in prepared.held])
     deltas, heads = tuned.counts()
+    methods = [method_record(part.method) for part in tuned.attached() if not part.is_head]
     metrics = {
-        "run": folder.name, "task": task.name, "model": prepared.loaded.source, "methods": resolved["deltas"],
+        "run": folder.name, "task": task.name, "model": prepared.loaded.source, "methods": methods,
         "metrics": scores.metrics, "base_metrics": before.scores.metrics, "majority": majority(rows, task),
         "primary": {"name": task.primary, "higher_is_better": task.higher_is_better},
         "intervals": task.intervals(scores.predictions, rows), "per_class": class_rows(task, scores.predictions, rows),

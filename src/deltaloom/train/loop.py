@@ -91,13 +91,22 @@ def _loop(run: Run, stop: StopRequest) -> TrainResult:
         run.step()
 
 
+def check_no_evaluation(settings: TrainSettings) -> None:
+    """That the settings of a run without evaluation rows ask for none.
+
+    Raises:
+        SettingsError: they do; names the keys.
+    """
+    wants = [key for key in ("early_stop", "restore_best", "metric", "eval_every") if getattr(settings, key)]
+    if wants:
+        raise SettingsError("there is nothing to evaluate on", got=", ".join(f"train.{key}" for key in wants),
+                            hint="Give data.eval or data.eval_fraction, or remove these keys.")
+
+
 def _check(settings: TrainSettings, evaluate: Evaluate | None, feed: Feed, folder: Path | None,
            resume: Checkpoint | None) -> None:
     if evaluate is None:
-        wants = [key for key in ("early_stop", "restore_best", "metric", "eval_every") if getattr(settings, key)]
-        if wants:
-            raise SettingsError("there is nothing to evaluate on", got=", ".join(f"train.{key}" for key in wants),
-                                hint="Give data.eval or data.eval_fraction, or remove these keys.")
+        check_no_evaluation(settings)
     if not feed.steps(0):
         raise DataError("there are no training rows")
     if folder is not None and resume is None and checkpoints(folder):
