@@ -27,7 +27,10 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "deltas"), RUNS, ids=[f"{kind}-{'+'.join(d['method'] for d in deltas)}" for kind, deltas in RUNS])
+NAMES = [f"{kind}-{'+'.join(entry['method'] for entry in deltas)}" for kind, deltas in RUNS]
+
+
+@pytest.mark.parametrize(("kind", "deltas"), RUNS, ids=NAMES)
 def test_a_run_leaves_what_was_promised(kind, deltas, models, tmp_path, command):
     values = run_values(kind, models, tmp_path, deltas)
     result = command.json("tune", write_run(tmp_path, values))

@@ -100,9 +100,10 @@ def run_values(kind: str, models: dict[str, Path], folder: Path, deltas: list[di
     task, model, rows = TASKS[kind]
     write_rows(folder / "train.jsonl", records(rows))
     write_rows(folder / "dev.jsonl", records(rows, 12, seed=1))
-    return {"model": str(models[model]), "task": task, "data": {"train": "train.jsonl", "eval": "dev.jsonl", "max_length": 64 if model == "bert" else 128},
-            "deltas": deltas, "output": str(folder / "run"),
-            "train": {"max_steps": 4, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32"} | train}
+    length = 64 if model == "bert" else 128
+    settings = {"max_steps": 4, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32"} | train
+    return {"model": str(models[model]), "task": task, "train": settings, "output": str(folder / "run"),
+            "data": {"train": "train.jsonl", "eval": "dev.jsonl", "max_length": length}, "deltas": deltas}
 
 
 def write_run(folder: Path, values: dict[str, Any], name: str = "run.yaml") -> Path:

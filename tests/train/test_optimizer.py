@@ -94,3 +94,31 @@ def test_state_of_other_parameters_is_refused():
 def test_nothing_to_train_is_refused():
     with pytest.raises(RefusedError, match="no trainable parameter"):
         make_optimizer({}, TrainSettings())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_state_goes_back_to_parameters_of_any_memory_layout(optimizer):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(6, 4), torch.randn(5, 4, 6)
+
+    def stepped(parameter, made, steps):
+        for gradient in gradients[steps]:
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            made.step()
+
+    def fresh():
+        parameter = torch.nn.Parameter(start.clone().T)  # its memory goes by columns
+        return parameter, make_optimizer({"w": parameter}, TrainSettings(optimizer=optimizer))
+
+    whole, made = fresh()
+    stepped(whole, made, slice(0, 5))
+    cut, made = fresh()
+    stepped(cut, made, slice(0, 3))
+    saved = {name: {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
+             for name, state in optimizer_state(made, {"w": cut}).items()}
+    resumed, made = fresh()
+    with torch.no_grad():
+        resumed.copy_(cut)
+    load_optimizer_state(made, {"w": resumed}, saved)
+    stepped(resumed, made, slice(3, 5))
+    assert torch.equal(whole, resumed)

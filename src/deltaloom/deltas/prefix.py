@@ -169,7 +169,9 @@ class Prefix(Method):
             ids = text_tokens(context.tokenizer, str(self.text), self.length)
         else:
             ids = vocabulary_tokens(model, context.tokenizer, self.length, context.generator)
-        return [(keys.clone(), values.clone()) for keys, values in keys_values(model, sites, ids)]
+        plain = torch.contiguous_format  # kernels of optimizers go through memory in order
+        return [(keys.clone(memory_format=plain), values.clone(memory_format=plain))
+                for keys, values in keys_values(model, sites, ids)]
 
     def to_peft(self, attachment: Attachment, model: nn.Module) -> PeftPart:
         """One row of all layers' keys and values for each place; keys as PEFT's places 0, 1, ... before the text."""

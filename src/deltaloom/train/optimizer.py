@@ -76,4 +76,8 @@ def load_optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Param
 
 def _placed(value: Any, parameter: nn.Parameter) -> Any:
     # The step counter lies next to the parameter for a fused optimizer, as the moments do; clones are freshly aligned.
-    return value.to(parameter.device).clone() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape == parameter.shape:  # with the parameter's strides: a fused optimizer goes through both memories in order
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    return value.to(parameter.device).clone()
