@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from deltaloom.errors import RefusedError
+from deltaloom.kernels.dropout import dropout as seeded_dropout
 
 NAME = "deltaloom"
 
@@ -287,7 +288,7 @@ class _Call:
             scores = torch.cat([scores, sinks], dim=-1)
         weights = torch.softmax(scores, dim=-1)[..., :key.shape[2]]
         if self.dropout:
-            weights = F.dropout(weights, self.dropout)
+            weights = seeded_dropout(weights, self.dropout)
         out = torch.matmul(weights.reshape(batch, shape[1], shape[2] * time, key.shape[2]), value)
         return out.view(batch, heads, time, value.shape[-1]).transpose(1, 2).contiguous()
 

@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from deltaloom.kernels.dropout import multiplier, new_seed
+
 
 @runtime_checkable
 class Affine(Protocol):
@@ -33,7 +35,7 @@ def low_rank_linear(affine: Affine, x: Tensor, down: Tensor, scale: Tensor, up: 
     x (..., d_in), down (r, d_in), scale (r,), up (d_out, r); the result is (..., d_out) in the dtype of x. `dropout` is the
     share of x's entries that the low-rank product does not see (0 when not training).
     """
-    seed = int(torch.randint(2**62, ()).item()) if dropout > 0 else 0
+    seed = new_seed() if dropout > 0 else 0
     device = x.device.type
     if torch.is_autocast_enabled(device):  # what autocast does for a plain linear layer; backward runs without autocast
         x = x.to(torch.get_autocast_dtype(device))
@@ -46,42 +48,39 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, down: Tensor, scale: Tensor, up: Tensor, affine: Affine, dropout: float,
                 seed: int) -> Tensor:
         y = affine.product(x)
+        scaled, up_x = (scale[:, None] * down).to(x.dtype), up.to(x.dtype)
         rows = _dropped(x, dropout, seed).reshape(-1, x.shape[-1])
-        small = (rows @ down.to(x.dtype).T) * scale.to(x.dtype)
-        y.view(-1, y.shape[-1]).addmm_(small, up.to(x.dtype).T)
+        y.view(-1, y.shape[-1]).addmm_(rows @ scaled.T, up_x.T)
         ctx.save_for_backward(x, down, scale, up)
         ctx.affine, ctx.dropout, ctx.seed = affine, dropout, seed
+        ctx.cast = scaled, up_x  # the small factors in the dtype of x: casting them again costs more than keeping them
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, down, scale, up = ctx.saved_tensors
+        scaled, up_x = ctx.cast
         g = grads[0].reshape(-1, up.shape[0])
-        dtype = g.dtype
         rows = _dropped(x, ctx.dropout, ctx.seed).reshape(-1, x.shape[-1])
-        down_x, up_x, scale_x = down.to(dtype), up.to(dtype), scale.to(dtype)
-        small = rows @ down_x.T                 # (rows, r), made again: cheaper than keeping it
-        back = g @ up_x                         # (rows, r)
-        inner = back * scale_x
+        back = g @ up_x                                            # (rows, r)
         needs = ctx.needs_input_grad
-        grad_down = (inner.T @ rows).to(down.dtype) if needs[1] else None
-        grad_scale = (back * small).sum(0, dtype=scale.dtype) if needs[2] else None
-        grad_up = (g.T @ (small * scale_x)).to(up.dtype) if needs[3] else None
+        grad_down = (back.T @ rows).to(down.dtype).mul_(scale[:, None]) if needs[1] else None
+        grad_scale = None
+        if needs[2]:
+            grad_scale = (back * (rows @ down.to(back.dtype).T)).sum(0, dtype=scale.dtype)
+        # rows @ scaled.T is made again: cheaper than keeping it
+        grad_up = (g.T @ (rows @ scaled.T)).to(up.dtype) if needs[3] else None
         grad_x = None
         if needs[0]:
             grad_x = ctx.affine.product_transposed(g)
             if ctx.dropout > 0:
-                grad_x += _dropped((inner @ down_x).view_as(x), ctx.dropout, ctx.seed).reshape(grad_x.shape)
+                grad_x += _dropped((back @ scaled).view_as(x), ctx.dropout, ctx.seed).reshape(grad_x.shape)
             else:
-                grad_x.addmm_(inner, down_x)
+                grad_x.addmm_(back, scaled)
             grad_x = grad_x.view(x.shape)
         return grad_x, grad_down, grad_scale, grad_up, None, None, None
 
 
 def _dropped(x: Tensor, share: float, seed: int) -> Tensor:
     """x with a share of its entries zeroed and the rest scaled up, the same for the same seed."""
-    if share <= 0:
-        return x
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    keep = torch.rand(x.shape, generator=generator, device=x.device) >= share
-    return x * keep.to(x.dtype) * (1.0 / (1.0 - share))
+    return x if share <= 0 else x * multiplier(x, share, seed)

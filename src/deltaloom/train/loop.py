@@ -24,7 +24,7 @@ from deltaloom.train.checkpoints import Checkpoint, checkpoints, remove_leftover
 from deltaloom.train.feed import Feed
 from deltaloom.train.guards import FirstSteps, Meter
 from deltaloom.train.memory import PeakMemory
-from deltaloom.train.modes import gradient_checkpointing, training_mode
+from deltaloom.train.modes import faster_dropout, gradient_checkpointing, training_mode
 from deltaloom.train.optimizer import load_optimizer_state, make_optimizer
 from deltaloom.train.progress import Goal, Progress, planned_steps
 from deltaloom.train.resume import check_same, resumed_progress
@@ -64,6 +64,7 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
     with ExitStack() as stack:
         stop = stack.enter_context(polite_stop())
         stack.enter_context(training_mode(tuned, True))
+        stack.enter_context(faster_dropout(tuned))
         stack.enter_context(gradient_checkpointing(tuned, settings.gradient_checkpointing))
         memory = PeakMemory(tuned.device)
         seed_everything(seed)

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from deltaloom.errors import RefusedError
+from deltaloom.kernels.dropout import SeededDropout
 from deltaloom.tuned import Tuned
 
 
@@ -29,6 +30,25 @@ def training_mode(tuned: Tuned, on: bool) -> Iterator[None]:
     finally:
         for module, was in before.items():
             module.training = was
+
+
+@contextmanager
+def faster_dropout(tuned: Tuned) -> Iterator[None]:
+    """The model's own dropout layers replaced, within the block, by ones that draw their masks faster; same probability."""
+    places = [(name, module) for name, module in tuned.named_modules() if type(module) is nn.Dropout]
+    for name, module in places:
+        _put(tuned, name, SeededDropout(module.p).train(module.training))
+    try:
+        yield
+    finally:
+        for name, module in places:
+            module.train(tuned.get_submodule(name).training)
+            _put(tuned, name, module)
+
+
+def _put(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
 
 
 @contextmanager
