@@ -22,7 +22,8 @@ class DeltaloomError(Exception):
             parts.append(f"got {got!r}" if not isinstance(got, str) else f"got '{got}'")
         if legal is not None:
             parts.append(f"legal: {listed(legal)}")
-        message = "; ".join(parts) + "."
+        message = "; ".join(parts)
+        message += "" if message.endswith("?") else "."
         if hint:
             message += f" {hint}"
         if self.problems:

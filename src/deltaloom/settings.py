@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -10,6 +11,7 @@ from pydantic_core import ErrorDetails
 from deltaloom.errors import SettingsError, did_you_mean
 
 SHOWN = 200  # characters of a wrong value
+_WHERE: ContextVar[str] = ContextVar("where", default="")  # the key path that `parse` was given
 
 
 class Settings(BaseModel):
@@ -26,17 +28,21 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise settings_error(type(self), error) from None
+            raise settings_error(type(self), error, _WHERE.get()) from None
 
     @classmethod
     def parse(cls, values: object, where: str) -> Self:
         """Settings from outside data (a section of a run file); `where` is the key path that errors name."""
         if not isinstance(values, dict):
             raise SettingsError(f"{where} must be a mapping of keys to values", got=values, legal=sorted(cls.model_fields))
+        odd = [key for key in values if not isinstance(key, str)]
+        if odd:
+            raise SettingsError(f"{where}: keys must be words", got=odd[0], legal=sorted(cls.model_fields))
+        token = _WHERE.set(where)
         try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise settings_error(cls, error, where) from None
+            return cls(**values)
+        finally:
+            _WHERE.reset(token)
 
     def given(self) -> dict[str, Any]:
         """What was set explicitly, as plain JSON values."""
@@ -63,7 +69,7 @@ def _problem(cls: type[BaseModel], detail: ErrorDetails, where: str) -> str:
         legal = sorted(cls.model_fields) if len(detail["loc"]) == 1 else []
         hint = did_you_mean(str(detail["loc"][-1]), legal)
         known = f"; legal: {', '.join(legal)}" if legal else ""
-        return f"unknown key '{path}'{known}. {hint}".rstrip(". ") + ("?" if hint else "")
+        return f"unknown key '{path}'{known}. {hint}".rstrip(". ")
     message = detail["msg"].removeprefix("Value error, ")
     got = "" if detail["type"] == "missing" else f", got {repr(detail['input'])[:SHOWN]}"
     return f"{path}: {message}{got}" if path else f"{message}"

@@ -20,9 +20,11 @@ def compare(
 
     Example: `deltaloom compare runs/a runs/b`
     """
+    from deltaloom.jobs.folder import check_runs
     from deltaloom.report.compare import compare_runs
     from deltaloom.report.page import write_report
 
+    check_runs(runs)
     found = compare_runs(runs)
     say(found.text())
     result = found.as_dict()

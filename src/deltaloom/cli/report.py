@@ -20,8 +20,10 @@ def report(
 
     Example: `deltaloom report runs/a runs/b -o report.html`
     """
+    from deltaloom.jobs.folder import check_runs
     from deltaloom.report.page import write_report
 
+    check_runs(runs)
     path = write_report(runs, output)
     say(f"Report: {path}")
     give({"path": str(path)}, as_json)

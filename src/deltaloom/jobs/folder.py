@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaloom.errors import RefusedError, SettingsError
+from deltaloom.errors import RefusedError, SettingsError, listed
 from deltaloom.events import finite
 from deltaloom.files import disk_errors, write_atomic
 
@@ -40,6 +41,17 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
     if not near.is_dir() or not os.access(near, os.W_OK):
         raise RefusedError("the output folder cannot be made there" if near != path else "the output folder cannot be written",
                            got=str(path), hint="Choose one that you may write to.")
+
+
+def check_runs(paths: Sequence[Path]) -> None:
+    """That each folder holds something of a run; an unfinished one is enough for a report.
+
+    Raises:
+        RefusedError: others; all of them.
+    """
+    strange = [str(path) for path in paths if path.is_dir() and not any((path / name).is_file() for name in OWN)]
+    if strange:
+        raise RefusedError("no run has written here", got=listed(strange), hint="Name the output folder of `deltaloom tune`.")
 
 
 def clear_folder(path: Path) -> None:

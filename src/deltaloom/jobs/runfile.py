@@ -5,7 +5,6 @@ Every section is parsed by the part that reads it; this file knows only their na
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -73,7 +72,10 @@ def parse_run(values: dict[str, Any], overrides: Sequence[str] = (), *, base: Pa
     Raises:
         SettingsError: an unknown key, an override that cannot be applied.
     """
-    values = copy.deepcopy(values)
+    try:
+        values = _plain(values, 0, [0])  # a copy
+    except MALFORMED as error:
+        raise SettingsError(f"run: {error or type(error).__name__}") from None
     origins = dict.fromkeys(_leaves(values), "file")
     for override in overrides:
         key = apply_override(values, override)
@@ -158,7 +160,7 @@ def _plain(value: Any, depth: int, seen: list[int]) -> Any:
         if odd:
             raise ValueError(f"a key must be a word, got {odd[0]!r}")
         return {key if isinstance(key, str) else str(key): _plain(item, depth + 1, seen) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item, depth + 1, seen) for item in value]
     if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
         return float(value)
