@@ -73,23 +73,26 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Iterable[Kind], layers
 
     A target is a word (`attention`, `mlp`, `all-linear`: the linears inside the blocks; `all`: every site of these kinds),
     the end of a path (`q_proj`), a role (`q`: also the part of a fused layer), a glob on the path, or `re:` and a regular
-    expression for the whole path. A leading `!` removes what it names. `layers` keeps only these blocks. `keep` says which
-    sites can carry the delta at all, where the kind does not say it; the others do not exist for the targets.
+    expression for the whole path. A leading `!` removes what it names. `layers` keeps only these blocks: each of
+    them has to have a site, and each target one within them. `keep` says which sites can carry the delta at all, where the kind
+    does not say it; the others do not exist for the targets.
 
     Raises:
-        TargetError: targets that match nothing, all of them at once, with the names that exist.
+        TargetError: targets that match nothing, all of them at once, with the names that exist; blocks without a site.
     """
     kinds = tuple(kinds)
     candidates = [site for site in all_sites(model) if site.kind in kinds and (keep is None or keep(site))]
     patterns = [targets] if isinstance(targets, str) else list(targets)
     wanted = set(layers) if layers is not None else None
     chosen: dict[str, Site] = {}
-    missed = []
+    missed, elsewhere = [], []
     for pattern in patterns:
         removes = pattern.startswith("!")
         hits = _matches(pattern.removeprefix("!"), candidates)
         if not hits:
             missed.append(pattern)
+        elif wanted is not None and not removes and not any(site.layer in wanted for site in hits):
+            elsewhere.append(pattern)
         for site in hits:
             if removes:
                 chosen.pop(site.name, None)
@@ -98,10 +101,14 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Iterable[Kind], layers
     if missed:
         raise _nothing_matches(missed, candidates, kinds)
     found = [site for site in candidates if site.name in chosen and (wanted is None or site.layer in wanted)]
-    if not found:
-        blocks = sorted({site.layer for site in chosen.values() if site.layer is not None})
-        raise TargetError("no site is left", got={"targets": patterns, "layers": sorted(wanted or ())}, legal=blocks,
-                          hint="Name layers that exist, or fewer exclusions.")
+    blocks = sorted({site.layer for site in chosen.values() if site.layer is not None})
+    absent = sorted((wanted or set()).difference(blocks))
+    if absent or elsewhere or not found:
+        problems = [f"block {layer} has none of the targets" for layer in absent]
+        problems += [f"'{pattern}' names nothing in these blocks" for pattern in elsewhere]
+        raise TargetError("no site is left" if not found else "no site is left of a part of what was asked for",
+                          got={"targets": patterns, "layers": sorted(wanted or ())}, legal=blocks, problems=problems,
+                          hint="Name layers that exist and hold the targets, or fewer exclusions.")
     return found
 
 

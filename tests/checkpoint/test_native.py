@@ -11,15 +11,18 @@ from hypothesis import strategies as st
 
 from deltaloom.checkpoint import native
 from deltaloom.checkpoint.header import read_header, read_values
+from deltaloom.checkpoint.merged import save_merged
+from deltaloom.checkpoint.peft import write_peft
 from deltaloom.checkpoint.record import RECORD, TENSORS, delta_file_facts
 from deltaloom.deltas.bitfit import BitFit
 from deltaloom.deltas.dora import DoRA
 from deltaloom.deltas.full import Full
 from deltaloom.deltas.lora import LoRA
+from deltaloom.deltas.prefix import Prefix
 from deltaloom.errors import CheckpointError, DeltaloomError, RefusedError, SettingsError
 from deltaloom.models.identity import fingerprint
 from deltaloom.tuned import Tuned, attach
-from tests.contract.cases import all_cases, perturb
+from tests.contract.cases import all_cases, perturb, steps
 from tests.toys import toy, toy_batch
 
 BASE = {"source": "toy", "task": "causal-lm", "fingerprint": "f" * 64}
@@ -192,6 +195,29 @@ def test_values_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
         native.save(tuned, tmp_path / "d")
 
 
+def test_empty_tensors_are_not_saved(tmp_path):
+    """peft#286, #453: files of 443 bytes with tensors of size 0, at the end of training spread over processes."""
+    tuned = tuned_llama()
+    parameter = next(iter(tuned.delta_parameters().values()))
+    parameter.data = torch.zeros(0)
+    for write in (native.save, write_peft):
+        with pytest.raises(RefusedError, match=r"empty(.|\n)*q_proj"):
+            write(tuned, tmp_path / "d")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_network_of_a_prefix_is_saved_and_trains_on(tmp_path):
+    """peft#1607, #2043: its layers were gone after saving."""
+    tuned = attach(toy("llama"), [Prefix(length=3, reparametrise=5)])
+    steps(tuned, toy_batch("llama"), 2)
+    native.save(tuned, tmp_path / "d")
+    again = native.load(toy("llama"), tmp_path / "d")
+    for one in (tuned, again):
+        steps(one, toy_batch("llama"), 2)
+    assert torch.equal(logits(again), logits(tuned))
+    assert {"inner.weight", "outer.weight", "table"} <= {key.rsplit(":", 1)[1] for key in again.delta_parameters()}
+
+
 def test_saving_needs_no_network(tmp_path, monkeypatch):
     """peft#1452: saving asked the hub and failed at the end of a run."""
     import socket
@@ -204,6 +230,10 @@ def test_saving_needs_no_network(tmp_path, monkeypatch):
     tuned = tuned_llama(LoRA(rank=2, targets=("embed", "q")))
     tuned.model.config.name_or_path = "some-organisation/some-model"
     native.save(tuned, tmp_path / "d")
+    write_peft(tuned, tmp_path / "p", source="some-organisation/some-model")
+    tuned.merge()
+    with tuned.bare() as model:
+        save_merged(model, None, tmp_path / "m")
 
 
 def test_shared_tensors_are_written_once(tmp_path):

@@ -332,6 +332,16 @@ def test_tensors_that_do_not_fit_are_refused(adapter, change, match, tmp_path):
         load_peft(toy("llama"), put(tmp_path / "a", config, change(tensors)))
 
 
+def test_a_layer_that_is_lost_as_a_whole_is_missed(adapter, tmp_path):
+    """peft#2115, accelerate#4206: what a file lacks stayed as it was at birth."""
+    config, tensors = adapter
+    half = {key: tensor for key, tensor in tensors.items() if "layers.0." in key}
+    with pytest.raises(CheckpointError, match=r"no tensors(.|\n)*layers\.1\.self_attn\.q_proj"):
+        load_peft(toy("llama"), put(tmp_path / "a", config, half))
+    for meant in ({"layers_to_transform": [0]}, {"exclude_modules": ["layers.1.self_attn.q_proj"]}):
+        load_peft(toy("llama"), put(tmp_path / "b", config | meant, half))
+
+
 def test_other_bases_and_pickles(adapter, tmp_path):
     config, tensors = adapter
     folder = put(tmp_path / "a", config, tensors)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
 from deltaloom.attention import install
+from deltaloom.checkpoint import native
+from deltaloom.deltas.full import Full
 from deltaloom.deltas.lora import LoRA
 from deltaloom.errors import RefusedError, TargetError
 from deltaloom.tuned import attach
@@ -252,3 +255,18 @@ def two_lanes(case: Case):
     perturb(tuned, "a", seed=5)
     perturb(tuned, "b", seed=6)
     return tuned
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.layout == "bert"], ids=[c.id for c in CASES if c.layout == "bert"])
+def test_a_new_head_trains_beside_any_method(case: Case, tmp_path: Path) -> None:
+    """peft#2642: the head stayed as it was under prompt tuning. peft#577: it was neither saved nor restored."""
+    tuned = attach(toy("bert"), [case.method()], heads=[Full(targets="classifier")])
+    born = state(tuned)
+    steps(tuned, case.batch(), 2)
+    heads = [key for key in born if ":classifier:" in key]
+    assert heads
+    assert all(not torch.equal(born[key], tuned.delta_state()[key]) for key in heads)
+    native.save(tuned, tmp_path / "d")
+    other = toy("bert")
+    torch.nn.init.normal_(other.classifier.weight)
+    assert torch.equal(logits(native.load(other, tmp_path / "d"), "bert"), logits(tuned, "bert"))

@@ -136,6 +136,17 @@ def test_layers_that_never_run_and_parameters_without_gradients_are_warnings():
     assert found["no-gradient"].count == 2
 
 
+def test_parameters_that_do_not_change_are_warnings():
+    """peft#1402: one of LoRA's two matrices stayed all zero in a whole run, and nobody said so."""
+    tuned, log = tuned_model([LoRA(rank=1)]), Log()
+    name, stuck = next((name, p) for name, p in tuned.delta_parameters().items() if name.endswith(":up"))
+    stuck.register_hook(torch.zeros_like)
+    run(tuned, TrainSettings(max_steps=3, batch_size=6), log)
+    warned = log.of(Warned)
+    assert [(event.kind, event.count) for event in warned] == [("unchanged", 2)]  # the other matrix then has no gradient but zero
+    assert name in warned[0].message
+
+
 def test_tiny_changes_count_as_changes():
     tuned = tuned_model([ToyMethod(weight=1e-3, controlled=False)])
     run(tuned, TrainSettings(max_steps=2, batch_size=6, learning_rate=1e-7))

@@ -7,10 +7,11 @@ import torch
 from safetensors import safe_open
 
 from deltaloom.deltas.lora import LoRA
-from deltaloom.errors import SettingsError
+from deltaloom.deltas.prefix import Prefix
+from deltaloom.errors import DeltaloomError, RefusedError, SettingsError
 from deltaloom.tuned import Tuned, attach
 from tests.toys import toy, toy_batch
-from tests.train.pieces import ToyController, ToyMethod, assert_same, small, state_of
+from tests.train.pieces import ToyController, ToyMethod, assert_all_differ, assert_same, small, state_of
 
 transformers = pytest.importorskip("transformers")
 from deltaloom.train.hf import trainer_callback  # noqa: E402
@@ -128,3 +129,40 @@ def test_deltas_without_gradients_become_warnings(tmp_path):
     frozen.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     with pytest.warns(UserWarning, match="without a gradient"):
         trainer.train()
+
+
+def test_an_optimizer_of_other_parameters_is_an_error(tmp_path):
+    """trl#6700 and PEFT's own guide: an optimizer made before the deltas holds none of them, and the run goes on."""
+    tuned = bert(LoRA(rank=1))
+    stale = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    trainer = transformers.Trainer(model=tuned, args=arguments(tmp_path), train_dataset=ROWS, optimizers=(stale, None),
+                                   callbacks=[trainer_callback(tuned)])
+    with pytest.raises(DeltaloomError, match="changed no trainable parameter"):
+        trainer.train()
+
+
+def test_deltas_that_someone_froze_are_an_error(tmp_path):
+    """trl#3926: a trainer froze an adapter that it was given."""
+    tuned = bert(LoRA(rank=1))
+    trainer = transformers.Trainer(model=tuned, args=arguments(tmp_path), train_dataset=ROWS, callbacks=[trainer_callback(tuned)])
+    tuned.requires_grad_(False)
+    with pytest.raises(RefusedError, match="no trainable parameter"):
+        trainer.train()
+
+
+def test_the_trainer_can_load_the_best_delta_at_the_end(tmp_path):
+    """peft#1607, transformers#24096: adapters and `load_best_model_at_end` did not go together."""
+    tuned = attach(toy("bert"), [LoRA(rank=2), Prefix(length=2)], "named", seed=2)
+    scores, seen = iter([3.0, 5.0, 1.0]), []
+
+    def measure(prediction):
+        seen.append(state_of(tuned))
+        return {"score": next(scores)}
+
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "label_names": ["labels"],
+               "load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    trainer = transformers.Trainer(model=tuned, args=arguments(tmp_path, **options), train_dataset=ROWS, eval_dataset=ROWS[:4],
+                                   compute_metrics=measure, callbacks=[trainer_callback(tuned)])
+    trainer.train()
+    assert_all_differ(seen[1], seen[2])
+    assert_same(state_of(tuned), seen[1])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from deltaloom.deltas.full import Full
 from deltaloom.deltas.lora import LoRA
 from deltaloom.errors import DataError, RefusedError, SettingsError
 from deltaloom.events import Acted, Evaluated, Finished, Saved, Started, Step, Warned
@@ -262,6 +263,17 @@ def test_checkpointing_a_model_that_cannot_is_refused():
     with pytest.raises(RefusedError, match="gradient_checkpointing"):
         run(tuned, TrainSettings(gradient_checkpointing=True))
     assert not tuned.training or tuned.model.training  # the mode is put back
+
+
+def test_a_base_in_fp16_has_float32_deltas_that_can_be_clipped():
+    """peft#341: "Attempting to unscale FP16 gradients", because adapters and heads took the base's type."""
+    tuned, log = tuned_model([LoRA(rank=2), Full(targets="ln_f")], small().half()), Log()
+    before = state_of(tuned)
+    run(tuned, TrainSettings(max_steps=3, batch_size=6, clip=0.01), log)
+    assert {parameter.dtype for parameter in tuned.delta_parameters().values()} == {torch.float32}
+    assert {parameter.dtype for parameter in tuned.model.transformer.wte.parameters()} == {torch.float16}
+    assert all(event.gradient_norm > 0.01 for event in log.of(Step))
+    assert_all_differ(state_of(tuned), before)
 
 
 def test_batch_norms_stay_frozen():

@@ -12,11 +12,24 @@ import pytest
 import torch
 
 from deltaloom.deltas.lora import LoRA
+from deltaloom.deltas.prefix import Prefix
+from deltaloom.deltas.prompt import Prompt
 from deltaloom.errors import CheckpointError
 from deltaloom.events import Acted, Emitter, Evaluated, JsonLines, Started, Step, Warned, read_events
 from deltaloom.train.checkpoints import checkpoints, latest_checkpoint, read_checkpoint
 from deltaloom.train.settings import EarlyStop, TrainSettings
-from tests.train.pieces import LanguageTask, Log, ToyMethod, assert_same, held_out_loss, run, small, state_of, tuned_model
+from tests.train.pieces import (
+    LanguageTask,
+    Log,
+    ToyMethod,
+    assert_all_differ,
+    assert_same,
+    held_out_loss,
+    run,
+    small,
+    state_of,
+    tuned_model,
+)
 
 SETTINGS = TrainSettings(epochs=3, batch_size=6, learning_rate=1e-2, schedule="cosine", weight_decay=0.1, eval_every=2,
                          save_every=1, keep_checkpoints=100, early_stop=EarlyStop(patience=50))  # 12 steps
@@ -64,6 +77,57 @@ def test_on_a_base_in_bf16_with_float32_deltas(tmp_path):
     assert {tensor.dtype for tensor in one.delta_parameters().values()} == {torch.float32}
     run(other, settings, resume=read_checkpoint(tmp_path / "step-2"))
     assert_same(state_of(one), state_of(other))
+
+
+ROWS_IN_FRONT = {"prompt": [Prompt(length=3)], "prefix": [Prefix(length=3)], "network": [Prefix(length=3, reparametrise=5)],
+                 "with factors": [Prompt(length=2), Prefix(length=2, reparametrise=5), LoRA(rank=2)]}
+
+
+@pytest.mark.parametrize("name", ROWS_IN_FRONT)
+def test_prompts_and_prefixes_resume_stop_early_and_keep_their_best(name, tmp_path):
+    """peft#2256: only what the network had made was kept, so no run could go on, stop early or restore its best."""
+    settings = TrainSettings(max_steps=20, batch_size=6, learning_rate=1e-2, eval_every=2, save_every=1, keep_checkpoints=99,
+                             early_stop=EarlyStop(patience=2), restore_best=True)
+    values, seen = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.0}, {}
+
+    def evaluate(begin):
+        count = itertools.count(begin, 2)
+
+        def measure(tuned):
+            step = next(count)
+            seen[step] = state_of(tuned)
+            return {"loss": values[step]}
+        return measure
+
+    one, other = (tuned_model(ROWS_IN_FRONT[name]) for _ in range(2))
+    whole = run(one, settings, folder=tmp_path, evaluate=evaluate(2))
+    last = seen[8]
+    assert (whole.reason, whole.step, whole.best_step) == ("early_stop", 8, 4)
+    assert_same(state_of(one), seen[4])
+    assert_all_differ(seen[4], last)
+    again = run(other, settings, evaluate=evaluate(6), folder=tmp_path, resume=read_checkpoint(tmp_path / "step-5"))
+    assert (again.reason, again.step, again.best_step) == ("early_stop", 8, 4)
+    assert_same(seen[8], last)
+    assert_same(state_of(other), state_of(one))
+
+
+def test_a_named_delta_resumes_and_restores_beside_another(tmp_path):
+    """transformers#24096, #28531: checkpoints of adapters with a name of their own were not found."""
+    settings = TrainSettings(max_steps=4, batch_size=6, learning_rate=1e-2, eval_every=1, save_every=1, keep_checkpoints=9,
+                             restore_best=True)
+    ended = []
+    for begin in (0, 3):
+        tuned = tuned_model([LoRA(rank=2)])
+        tuned.add("q_proj", [LoRA(rank=2)], seed=1)
+        before = {key: tensor.clone() for key, tensor in tuned.delta_state("default").items()}
+        scores = iter([3.0, 1.0, 2.0, 2.0][begin:])
+        resume = read_checkpoint(tmp_path / "step-3") if begin else None
+        result = run(tuned, settings, evaluate=lambda t, scores=scores: {"loss": next(scores)}, folder=tmp_path, resume=resume)
+        assert result.best_step == 2
+        assert_same(state_of(tuned), read_checkpoint(tmp_path / "step-2").parts["delta"])
+        assert_same({key: tensor.clone() for key, tensor in tuned.delta_state("default").items()}, before)
+        ended.append(state_of(tuned))
+    assert_same(*ended)
 
 
 def test_a_finished_run_has_nothing_to_do(whole):

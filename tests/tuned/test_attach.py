@@ -16,6 +16,7 @@ from deltaloom.deltas.bitfit import BitFit
 from deltaloom.deltas.bottleneck import Bottleneck
 from deltaloom.deltas.full import Full
 from deltaloom.deltas.lora import LoRA
+from deltaloom.deltas.prefix import Prefix
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError, TargetError
 from deltaloom.sites import Site, all_sites, find_sites
 from deltaloom.tuned import attach
@@ -54,6 +55,20 @@ def test_layers_keep_only_these_blocks_and_name_those_that_exist() -> None:
         LoRA(layers="one")
 
 
+def test_one_block_of_several_without_a_site_is_an_error() -> None:
+    """peft#1959 and its like: what matches nothing beside something that matches was skipped."""
+    with pytest.raises(TargetError, match="block 7 has none of the targets"):
+        LoRA(layers="0-1,7").sites(toy("llama"))
+    with pytest.raises(TargetError, match="block 1 has none"):
+        LoRA(targets="*layers.0.*", layers="0-1").sites(toy("llama"))
+
+
+def test_one_target_of_several_outside_the_blocks_is_an_error() -> None:
+    with pytest.raises(TargetError, match="'lm_head' names nothing in these blocks"):
+        LoRA(targets=("q_proj", "lm_head"), layers="0-1").sites(toy("llama"))
+    assert len(LoRA(targets=("all", "!lm_head"), layers="0").sites(toy("llama"))) == 7
+
+
 @pytest.mark.parametrize("layout", ALL)
 def test_all_linear_is_every_affine_layer_inside_the_blocks_and_nothing_else(layout: str) -> None:
     model = toy(layout)
@@ -90,6 +105,16 @@ def test_attaching_twice_is_an_error_and_further_deltas_get_their_own_name() -> 
         tuned.add("default", [LoRA()])
     tuned.add("other", [LoRA()])
     assert sorted(tuned.lanes) == ["default", "other"]
+
+
+def test_attaching_around_prefixes_is_refused_too() -> None:
+    """peft#2295: they are no wrappers in the model, and the second would have joined the first one's."""
+    tuned = attach(toy("llama"), [Prefix(length=3)])
+    answers = logits(tuned, "llama")
+    with pytest.raises(RefusedError, match="already"):
+        attach(tuned.model, [Prefix(length=3)], seed=4)
+    assert torch.equal(logits(tuned, "llama"), answers)
+    attach(tuned.detach(), [Prefix(length=3)])
 
 
 @pytest.mark.parametrize("name", ["lora", "base", "lanes", "q_proj", "model", "weight", "default", "down", "0", "None"])
@@ -295,6 +320,21 @@ def test_reentrant_activation_checkpointing_is_refused() -> None:
     tuned.checkpoint_activations()
     tuned(**toy_batch("vit")).loss.backward()
     assert len(gradients(tuned)) == len(tuned.delta_parameters())
+
+
+def test_checkpointing_may_be_switched_on_before_attaching() -> None:
+    """peft#869: a prefix then raised an error of the cache, or was cut off."""
+    found = []
+    for checkpointing in (False, True):
+        model = toy("llama")
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        tuned = attach(model, [Prefix(length=3), LoRA(rank=2)]).train()
+        tuned(**toy_batch("llama")).loss.backward()
+        found.append(gradients(tuned))
+    assert found[0].keys() == found[1].keys() == tuned.delta_parameters().keys()
+    for key, expected in found[0].items():
+        torch.testing.assert_close(found[1][key], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_checkpointing_keeps_its_lanes_in_a_copy_too() -> None:

@@ -186,3 +186,53 @@ def test_logits_error_is_measured_and_leaves_the_state_alone():
     together = tuned(**batch).logits
     assert error == pytest.approx(float((apart.double() - together.double()).abs().max()))
     assert logits_error(tuned, batch) == error and tuned.merged == "default"
+
+
+@pytest.mark.parametrize("key", ["bias", "weight"])
+def test_one_value_that_is_not_finite_stops_a_merge(key):
+    """peft#2486, #3741: the check of biases lacked `.all()`."""
+    model = toy("bert")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuned = shaken(attach(model, [Full(targets="query")]))
+    spoiled = list(tuned.pairs()[-1][1].override()[key].view(-1))[-1]
+    with torch.no_grad():
+        spoiled.fill_(float("nan"))
+    with pytest.raises(RefusedError, match=f"query.{key}"):
+        tuned.merge()
+    assert tuned.merged is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.detach().state_dict().items())
+
+
+def test_lanes_at_different_layers_merge_one_by_one():
+    """peft#3574: a KeyError where one of several deltas does not have every norm."""
+    tuned = shaken(attach(toy("llama"), [Norms(targets="input_layernorm")], "a"), seed=1)
+    tuned.add("b", [Norms(targets=("post_attention_layernorm", "model.norm"))])
+    shaken(tuned, seed=2)
+    for name in ("a", "b", "a"):
+        tuned.use(name)
+        apart = logits(tuned, "llama")
+        tuned.merge()
+        torch.testing.assert_close(logits(tuned, "llama"), apart, rtol=1e-4, atol=1e-4)
+        tuned.unmerge()
+        assert torch.equal(logits(tuned, "llama"), apart)
+
+
+def test_several_magnitudes_at_one_layer_merge_exactly():
+    """peft#3608: several DoRA adapters, merged, were off by 2.57 to 13.86 %."""
+    tuned = shaken(attach(toy("llama"), [DoRA(rank=2), LoRA(rank=2), DoRA(rank=3)]))
+    apart = logits(tuned, "llama")
+    tuned.merge()
+    torch.testing.assert_close(logits(tuned, "llama"), apart, rtol=1e-4, atol=1e-4)
+
+
+def test_scales_of_zero_come_back():
+    """peft#3216: unmerging divided by (scale + 1e-8)."""
+    model = toy("gpt2")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    tuned = attach(model, [IA3()])
+    with torch.no_grad():
+        for parameter in tuned.delta_parameters().values():
+            parameter.zero_()
+    tuned.merge()
+    tuned.unmerge()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in tuned.detach().state_dict().items())

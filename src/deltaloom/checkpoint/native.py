@@ -195,8 +195,12 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
     """Refuse to write values that no later reader would take.
 
     Raises:
-        RefusedError: NaN or infinite values, by their names.
+        RefusedError: NaN or infinite values, or parameters whose values are elsewhere, by their names.
     """
+    gone = [key for key, tensor in state.items() if tensor.shape == (0,)]  # what ZeRO-3 leaves of a parameter between its uses
+    if gone:
+        raise RefusedError("tensors of the delta are empty, so that it is not saved", problems=gone[:20],
+                           hint="Where training is spread over processes, gather the parameters before saving.")
     bad = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise RefusedError("values of the delta are not finite, so that it is not saved", problems=bad[:20])

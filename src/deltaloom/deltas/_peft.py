@@ -5,6 +5,7 @@ Not a method: files whose names begin with _ are no entries of the registry.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -50,8 +51,13 @@ def whole_sites(model: nn.Module, cls: type[Method], paths: Iterable[str]) -> di
 
 
 def peft_targets(config: Mapping[str, Any], cls: type[Method], model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
-    """The adapter's own target names where they name exactly these modules here, else the whole paths."""
+    """The adapter's own target names where they name exactly these modules here, else the whole paths.
+
+    Raises:
+        CheckpointError: the names ask for modules without tensors.
+    """
     whole = tuple(paths)
+    _check_complete(config, cls, model, whole)
     names = config.get("target_modules")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         return whole
@@ -61,6 +67,29 @@ def peft_targets(config: Mapping[str, Any], cls: type[Method], model: nn.Module,
     except TargetError:
         return whole
     return targets if {site.name for site in found} == set(whole) else whole
+
+
+def _check_complete(config: Mapping[str, Any], cls: type[Method], model: nn.Module, paths: tuple[str, ...]) -> None:
+    """That every module which the configuration's lists of names choose has tensors; expressions are not run.
+
+    Raises:
+        CheckpointError: the modules without (a part of the file is lost, and PEFT would leave them as they are at birth).
+    """
+    names, out, saved = (config.get(key) or [] for key in ("target_modules", "exclude_modules", "modules_to_save"))
+    if not all(isinstance(value, list) and all(isinstance(name, str) for name in value) for value in (names, out, saved)):
+        return
+    if config.get("layers_to_transform") is not None:
+        return  # which numbers in a path count is up to layers_pattern
+    sites = {site.path for site in all_sites(model) if site.kind in cls.kinds and site.part is None}
+    lost = [path for path in sorted(sites.difference(paths)) if _ends(path, names) and not _ends(path, out)
+            and not any(re.match(rf"(.*\.)?{re.escape(name)}($|\.)", path) for name in saved)]
+    if lost:
+        raise CheckpointError(f"target_modules names {len(lost)} modules of this model that have no tensors in the adapter",
+                              problems=lost[:20], hint="The file is incomplete, or belongs to another base.")
+
+
+def _ends(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def by_suffix(tensors: Mapping[str, Tensor], *suffixes: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltaloom.errors import DeltaloomError, NonFiniteError, ResourceError, listed
+from deltaloom.errors import DeltaloomError, NonFiniteError, RefusedError, ResourceError, listed
 from deltaloom.events import Emitter, Step, Warned
 from deltaloom.tuned import Tuned
 
@@ -105,7 +105,11 @@ class FirstSteps:
         self.parameters = parameters
         self.emit = emit
         self.steps = 0
+        if not parameters:
+            raise RefusedError("there is no trainable parameter",
+                               hint="Attach a method with trainable deltas, and do not freeze them.")
         self.norms = self._norms()
+        self.without_gradient: set[str] = set()
 
     def after_backward(self) -> None:
         """Look once at gradients and at what ran.
@@ -120,6 +124,7 @@ class FirstSteps:
             message = f"layers that were not called, so that their deltas have no effect: {listed(idle)}"
             self.emit(Warned(kind="never-ran", message=message, count=len(idle)))
         missing = [name for name, parameter in self.parameters.items() if parameter.grad is None]
+        self.without_gradient.update(missing)
         if len(missing) == len(self.parameters):
             raise DeltaloomError("no trainable parameter got a gradient in the first step", got=listed(missing, 6),
                                  hint="The loss does not depend on the deltas: look at the targets of the methods.")
@@ -127,15 +132,22 @@ class FirstSteps:
             self.emit(Warned(kind="no-gradient", message=f"parameters without a gradient: {listed(missing)}", count=len(missing)))
 
     def after_step(self) -> None:
-        """Look after the second step whether anything changed.
+        """Look after the second step what changed; parameters that did not are a warning.
 
         Raises:
             DeltaloomError: all trainable parameters are as they were.
         """
         self.steps += 1
-        if self.steps == 2 and bool((self._norms() == self.norms).all()):
+        if self.steps != 2:
+            return
+        same = (self._norms() == self.norms).tolist()
+        if all(same):
             raise DeltaloomError("two optimizer steps changed no trainable parameter",
                                  hint="Every gradient is zero, or train.learning_rate is too small for float32.")
+        idle = [name for name, equal in zip(self.parameters, same, strict=True) if equal and name not in self.without_gradient]
+        if idle:
+            message = f"parameters that two steps did not change, although they have gradients: {listed(idle)}"
+            self.emit(Warned(kind="unchanged", message=message, count=len(idle)))
 
     def _norms(self) -> Tensor:
         """A float64 number a parameter; equal numbers before and after mean equal tensors, but for a great chance."""

@@ -20,7 +20,7 @@ from deltaloom.sites import Site, output_layer
 from deltaloom.tuned.adapted import Adapted, Routing, Tap, lanes_of, replace_module, wrappers
 from deltaloom.tuned.attached import Attached, check_together, refuse_reentrant, replaced_tensors, state_of
 from deltaloom.tuned.merging import Merged, MergeFacts, merge, unmerge
-from deltaloom.tuned.prefixes import install_prefix, uninstall_prefix
+from deltaloom.tuned.prefixes import has_prefixes, install_prefix, uninstall_prefix
 from deltaloom.tuned.prompts import insert_prompt, strip_prompt
 from deltaloom.tuned.saved import SavedDelta, SavedMethod, attach_saved, misfits
 
@@ -398,7 +398,7 @@ def restore(model: nn.Module, saved: SavedDelta, name: str = "default") -> Tuned
 
 def check_untouched(model: nn.Module) -> None:
     """Refuse a model that carries deltas already: a second set of wrappers around them would not be seen."""
-    if wrappers(model):
+    if wrappers(model) or has_prefixes(model):
         raise RefusedError("this model carries deltas already", hint="Use `tuned.add(name, methods)` for a further delta, or "
                            "`tuned.detach()` first.")
 

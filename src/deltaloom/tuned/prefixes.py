@@ -76,6 +76,11 @@ def uninstall_prefix(model: nn.Module, lane: str, site: Site) -> None:
             model.set_attn_implementation(slot.replaced)
 
 
+def has_prefixes(model: nn.Module) -> bool:
+    """Whether attention modules of a model see prefixes."""
+    return bool(_slots(model))
+
+
 def _slots(model: nn.Module) -> list[RoutedPrefix]:
     found = (prefix_slot(module) for module in model.modules())
     return [slot for slot in found if isinstance(slot, RoutedPrefix)]
