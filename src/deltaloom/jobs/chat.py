@@ -15,7 +15,7 @@ HELP = "Write something; an empty line ends. /base switches the delta off and on
 
 
 def chat(source: str, *, delta: Path | None = None, temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0,
-         read: Callable[[str], str] = input, write: Callable[[str], Any] = sys.stdout.write) -> None:
+         read: Callable[[str], str] = input, write: Callable[[str], Any] | None = None) -> None:
     """Read a line, write the model's answer as it comes, until an empty line.
 
     Raises:
@@ -26,6 +26,7 @@ def chat(source: str, *, delta: Path | None = None, temperature: float = 0.0, ma
     if not opened.task.generates:
         raise RefusedError("this model does not write text", got=opened.task.name, hint="Use `deltaloom predict`.")
     opened.model.eval()
+    write = write or sys.stdout.write
     write(HELP + "\n")
     turns: list[dict[str, str]] = []
     while True:
