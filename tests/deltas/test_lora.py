@@ -1,4 +1,5 @@
 import math
+import time
 import warnings
 
 import peft
@@ -66,12 +67,14 @@ def test_patterns_that_could_run_for_ages_or_are_none(pattern):
         LoRA(rank_pattern={pattern: 2})
 
 
-@settings(max_examples=200, deadline=200)
+@settings(max_examples=200, deadline=None)
 @given(st.text(alphabet="ab.()[]{}*+?|^$\\0", max_size=40))
 def test_any_pattern_is_refused_or_quick(pattern):
     site = Site("a" * 60 + ".b", "linear", "role", 1, 1)
+    began = time.process_time()
     if not pattern_problem(pattern):
         matches(pattern, site)
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("value", [0, -1])

@@ -148,8 +148,9 @@ def test_parameters_that_do_not_change_are_warnings():
 
 
 def test_tiny_changes_count_as_changes():
-    tuned = tuned_model([ToyMethod(weight=1e-3, controlled=False)])
-    run(tuned, TrainSettings(max_steps=2, batch_size=6, learning_rate=1e-7))
+    tuned, log = tuned_model([ToyMethod(weight=1e-3, controlled=False)]), Log()
+    run(tuned, TrainSettings(max_steps=2, batch_size=6, learning_rate=1e-7), log)
+    assert log.of(Warned) == []
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),

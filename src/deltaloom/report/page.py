@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,6 +14,7 @@ from markupsafe import Markup
 
 from deltaloom import __version__
 from deltaloom.errors import ResourceError, UsageError
+from deltaloom.files import write_atomic
 from deltaloom.report import text
 from deltaloom.report.charts import SERIES, Bar, Change, Series, bar_chart, before_after, heatmap, line_chart
 from deltaloom.report.compare import compare, run_names
@@ -66,7 +65,7 @@ def write_report(run_folders: Sequence[Path], output: Path) -> Path:
     runs = [read_run(folder) for folder in run_folders]
     page = render(runs, run_names(run_folders))
     try:
-        _write(output, page)
+        write_atomic(output, page)
     except OSError as error:
         raise ResourceError("The report could not be written", got=str(output), hint=f"{error.strerror}.") from error
     return output
@@ -218,19 +217,3 @@ def _ranks(ranks: Ranks) -> Chart | None:
         left_out.append(f"{len(columns)} of {len(ranks.steps)} changes")
     drawn = heatmap(names, [f"{ranks.steps[column]:,}" for column in columns], values, title="Ranks over time")
     return Chart("Rank of each site", Markup(drawn), ", ".join(left_out))
-
-
-def _write(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
