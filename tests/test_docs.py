@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pytest
+
+from tests.toys import toy, toy_batch
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -15,3 +19,14 @@ def test_the_methods_pages_are_current() -> None:
     spec.loader.exec_module(module)
     written = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "methods").glob("*.md")}
     assert written == module.pages(), "run python docs/make_methods.py"
+
+
+def test_the_readmes_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    block = text.split("## As a library", 1)[1].split("```python", 1)[1].split("```", 1)[0]
+    first, second = block.split("\n\n", 2)[1:]  # training and saving, then loading: each on a model of its own
+    monkeypatch.chdir(tmp_path)
+    for part in (first, second):
+        exec("import deltaloom\n" + part, {"model": toy("llama"), "batch": toy_batch("llama", rows=2)})
+    assert (tmp_path / "delta" / "delta.json").is_file()
+    assert (tmp_path / "again" / "delta.json").is_file()

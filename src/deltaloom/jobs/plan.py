@@ -7,9 +7,10 @@ from typing import Any
 from deltaloom.checkpoint.record import read_record
 from deltaloom.events import finite
 from deltaloom.jobs.estimate import cost
+from deltaloom.jobs.opening import needs_delta
 from deltaloom.jobs.prepare import DTYPES, Prepared, Say, parse_parts, prepare
 from deltaloom.jobs.runfile import Run
-from deltaloom.jobs.tune import attached, delta_folder, site_table
+from deltaloom.jobs.tune import attached, site_table
 from deltaloom.report.text import byte_size, count, duration, table_text
 from deltaloom.train.feed import MICRO_TOKENS
 from deltaloom.tuned import Tuned
@@ -24,7 +25,7 @@ def plan(run: Run, *, say: Say = print) -> dict[str, Any]:
         DeltaloomError: whatever would stop the run before its first step.
     """
     parts = parse_parts(run)
-    record = read_record(delta_folder(parts.continued)) if parts.continued else None
+    record = read_record(needs_delta(parts.continued)) if parts.continued else None
     prepared = prepare(run, parts, say=say, record=record)
     model_parameters = prepared.model_parameters
     tokens = _tokens(prepared)

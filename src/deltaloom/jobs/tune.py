@@ -24,6 +24,7 @@ from deltaloom.files import write_atomic
 from deltaloom.jobs.doctor import environment
 from deltaloom.jobs.estimate import flops_per_token, matmul_rate
 from deltaloom.jobs.folder import check_folder, clear_folder, folder_bytes, write_json
+from deltaloom.jobs.opening import needs_delta
 from deltaloom.jobs.prepare import DTYPES, Prepared, Say, head_methods, model_source, parse_parts, prepare
 from deltaloom.jobs.runfile import Run, resolved_yaml
 from deltaloom.jobs.scoring import Scores, answers, class_rows, majority, score, shown_rows
@@ -37,6 +38,7 @@ from deltaloom.train.checkpoints import Checkpoint, latest_checkpoint
 from deltaloom.train.feed import ExampleFeed
 from deltaloom.train.loop import check_no_evaluation, train
 from deltaloom.train.progress import Goal
+from deltaloom.train.resume import check_same
 from deltaloom.train.run import TrainResult
 from deltaloom.tuned import Tuned, attach, restore
 
@@ -65,7 +67,7 @@ def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = 
     check_folder(folder, resume=resume, overwrite=overwrite)
     if parts.continued is not None and not resume and parts.continued.resolve().is_relative_to(folder.resolve()):
         raise RefusedError("the run would replace the delta that it goes on from", got=str(folder), hint="Choose another output.")
-    record = read_record(delta_folder(parts.continued)) if parts.continued else None
+    record = read_record(needs_delta(parts.continued)) if parts.continued else None
     prepared = prepare(run, parts, say=say, record=record)
     if not prepared.held:
         check_no_evaluation(parts.train)
@@ -77,6 +79,7 @@ def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = 
     early: list[Any] = []
     checkpoint = latest_checkpoint(folder / "checkpoints", Emitter([early.append])) if resume else None
     if checkpoint is not None:
+        check_same(checkpoint, parts.train, _identity(prepared))  # before anything of the earlier run is touched
         checkpoint.rewind(folder / "events.jsonl")
     else:
         clear_folder(folder)
@@ -88,11 +91,6 @@ def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = 
         for event in early:
             emit(event)
         return _run(prepared, tuned, before, folder, checkpoint, emit, say)
-
-
-def delta_folder(path: Path) -> Path:
-    """The delta's folder of a run folder, or the folder itself."""
-    return path / "delta" if (path / "delta" / "delta.json").is_file() else path
 
 
 def _run(prepared: Prepared, tuned: Tuned, before: Before, folder: Path, checkpoint: Checkpoint | None, emit: Emitter,
@@ -134,7 +132,7 @@ def attached(prepared: Prepared) -> Tuned:
     if prepared.parts.continued is None:
         methods = prepared.parts.methods
         return attach(loaded.model, methods, heads=head_methods(loaded, methods), tokenizer=loaded.tokenizer, seed=seed)
-    saved, found = native.read(delta_folder(prepared.parts.continued))
+    saved, found = native.read(needs_delta(prepared.parts.continued))
     native.check_base(loaded.model, found.base, loaded.fingerprint)
     return restore(loaded.model, saved)
 
