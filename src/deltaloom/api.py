@@ -16,10 +16,11 @@ from deltaloom.jobs.opening import delta_folder
 from deltaloom.jobs.runfile import parse_run, read_run_file
 from deltaloom.jobs.tune import tune as tune_job
 from deltaloom.registry import names_in
+from deltaloom.stacks import register_site
 from deltaloom.train.hf import trainer_callback
 from deltaloom.tuned import Tuned, attach
 
-__all__ = ["attach", "load", "method_named", "save", "trainer_callback", "tune"]
+__all__ = ["attach", "load", "method_named", "register_site", "save", "trainer_callback", "tune"]
 
 
 def load(model: nn.Module, folder: Path | str, name: str = "default") -> Tuned:

@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 ATTENTION_ROLES = ("q", "k", "v", "o", "qkv")
 MLP_ROLES = ("gate", "up", "down", "gate_up")
 NOT_BY_ROW = ("relative_attention_bias",)  # layers whose input is (queries, keys), the same for every row of the batch
+# Classes with 3-D weights stored as (slices, d_in, d_out) that do not say so themselves by `is_transposed`.
+TRANSPOSED_STACKS = ("Llama4TextExperts", "GroupedLinearLayer")
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,9 @@ COMMON_ROLES: dict[str, str] = {
     **dict.fromkeys(("up_proj", "fc1", "c_fc", "wi", "wi_1", "lin1", "dense_h_to_4h", "w3", "linear1"), "up"),
     **dict.fromkeys(("down_proj", "fc2", "wo", "lin2", "dense_4h_to_h", "w2", "linear2"), "down"),
 }
+
+# The same for parameters that are layers of their own, as those of experts are.
+TENSOR_ROLES: dict[str, str] = {**COMMON_ROLES, "gate_up_proj": "gate_up"}
 
 
 def split_path(path: str) -> tuple[str, int | None, str]:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from deltaloom.architectures import ATTENTION_ROLES, FAMILIES, MLP_ROLES, Family, role_of, split_path
+from deltaloom.architectures import ATTENTION_ROLES, FAMILIES, MLP_ROLES, TENSOR_ROLES, Family, role_of, split_path
 from deltaloom.errors import TargetError, did_you_mean
+from deltaloom.stacks import Stack, as_matrices, as_stored, stacks_of
 
-Kind = Literal["linear", "embedding", "norm", "attention", "branch", "input", "tensors"]
+Kind = Literal["linear", "embedding", "norm", "attention", "branch", "input", "stack", "tensors"]
 Targets = str | Sequence[str]
 
 
@@ -37,10 +38,15 @@ class Site:
     part: tuple[int, int] | None = None  # rows [start, stop) of a fused output
     entry: str | None = None             # branch: the layer whose input is the branch's input
     has_bias: bool = False
+    tensor: str = "weight"               # stack: the parameter's name in its module
+    slices: int = 1                      # stack: the parameter is seen as that many matrices of (d_out, d_in)
+    transposed: bool = False             # stack: the module stores d_in before d_out
 
     @property
     def name(self) -> str:
-        """Unique name: the path, with the part, branch or attention marked."""
+        """Unique name: the path, with the part or branch marked; of a stack the parameter's."""
+        if self.kind == "stack":
+            return f"{self.path}.{self.tensor}"
         if self.part is not None:
             return f"{self.path}[{self.role}]"
         if self.kind in ("branch", "input"):
@@ -49,7 +55,11 @@ class Site:
 
 
 def all_sites(model: nn.Module) -> list[Site]:
-    """Every site of an untouched model, in the order of its modules."""
+    """Every site of an untouched model, in the order of its modules.
+
+    Raises:
+        TargetError: a parameter is not as `register_site` was told.
+    """
     family = family_of(model)
     heads = head_paths(model)
     sites: list[Site] = []
@@ -57,6 +67,7 @@ def all_sites(model: nn.Module) -> list[Site]:
     for path, module in model.named_modules():
         found = _module_sites(model, family, heads, path, module)
         sites.extend(found)
+        sites.extend(_stacks(family, path, module))
         if any(site.kind in ("linear", "embedding", "norm") for site in found):
             covered.add(path)
     sites.extend(_branches(sites, family))
@@ -73,9 +84,10 @@ def find_sites(model: nn.Module, targets: Targets, kinds: Iterable[Kind], layers
 
     A target is a word (`attention`, `mlp`, `all-linear`: the linears inside the blocks; `all`: every site of these kinds),
     the end of a path (`q_proj`), a role (`q`: also the part of a fused layer), a glob on the path, or `re:` and a regular
-    expression for the whole path. A leading `!` removes what it names. `layers` keeps only these blocks: each of
-    them has to have a site, and each target one within them. `keep` says which sites can carry the delta at all, where the kind
-    does not say it; the others do not exist for the targets.
+    expression for the whole path. A stack goes by its layer's path and by its own name (`experts`, `experts.down_proj`), and
+    by its role; `all-linear` never names one, `mlp` and `attention` do where its role is one of theirs. A leading `!` removes
+    what it names. `layers` keeps only these blocks: each of them has to have a site, and each target one within them. `keep`
+    says which sites can carry the delta at all, where the kind does not say it; the others do not exist for the targets.
 
     Raises:
         TargetError: targets that match nothing, all of them at once, with the names that exist; blocks without a site.
@@ -140,7 +152,10 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 
 def input_layer(model: nn.Module) -> nn.Module | None:
     """The token embeddings of a transformers model, or None."""
-    return model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    try:
+        return model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except RuntimeError:  # transformers' way to say of some models, such as convolutional ones, that they have none
+        return None
 
 
 def affine_weight(module: nn.Module) -> Tensor:
@@ -149,6 +164,20 @@ def affine_weight(module: nn.Module) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TargetError(f"{type(module).__name__} has no dense weight")
     return weight.T if isinstance(module, (Conv1D, nn.Embedding)) else weight
+
+
+def stack_matrices(site: Site, parameter: Tensor) -> Tensor:
+    """The parameter of a stack as (slices, d_out, d_in); a view where possible."""
+    return as_matrices(_stack(site), parameter)
+
+
+def stack_stored(site: Site, matrices: Tensor, shape: Sequence[int]) -> Tensor:
+    """Matrices (slices, d_out, d_in) of a stack in the shape in which its layer stores them."""
+    return as_stored(_stack(site), matrices, shape)
+
+
+def _stack(site: Site) -> Stack:
+    return Stack(site.tensor, site.slices, site.d_out, site.d_in, site.transposed)
 
 
 def _is_affine(module: nn.Module) -> bool:
@@ -164,7 +193,7 @@ def _module_sites(model: nn.Module, family: Family | None, heads: list[str], pat
     stack, layer, rest = split_path(path)
     if _is_affine(module):
         d_out, d_in = affine_weight(module).shape
-        role = "head" if path in heads else role_of(family, rest) if layer is not None else path.rsplit(".", 2)[-2:][0]
+        role = "head" if path in heads else _role(family, path)
         site = Site(path, "linear", role, d_in, d_out, layer, stack, has_bias=module.bias is not None)
         return [site, *_parts(model, family, site)]
     if isinstance(module, nn.Embedding):
@@ -182,6 +211,26 @@ def _module_sites(model: nn.Module, family: Family | None, heads: list[str], pat
     if layer is not None and _is_attention(family, rest, module):
         return [Site(path, "attention", rest.rsplit(".", 1)[-1], 0, 0, layer, stack)]
     return []
+
+
+def _stacks(family: Family | None, path: str, module: nn.Module) -> list[Site]:
+    stack, layer, _ = split_path(path)
+    found = []
+    for seen in stacks_of(module, path, layer is not None):
+        role = seen.role or TENSOR_ROLES.get(seen.tensor, seen.tensor)
+        if seen.role is None and seen.tensor == "weight":
+            role = _role(family, path)
+            if not role.strip("0123456789"):  # one of a sequence of layers: the name of the sequence
+                role = next((name for name in reversed(path.split(".")) if not name.isdigit()), "weight")
+        found.append(Site(path, "stack", role, seen.d_in, seen.d_out, layer, stack, tensor=seen.tensor, slices=seen.slices,
+                          transposed=seen.transposed))
+    return found
+
+
+def _role(family: Family | None, path: str) -> str:
+    """Role of a layer by its name: within a block by the tables, elsewhere the name of what holds it."""
+    _, layer, rest = split_path(path)
+    return role_of(family, rest) if layer is not None else path.rsplit(".", 2)[-2:][0]
 
 
 def _is_attention(family: Family | None, rest: str, module: nn.Module) -> bool:
@@ -258,14 +307,20 @@ def _matches(pattern: str, candidates: list[Site]) -> list[Site]:
         return [site for site in candidates if expression.fullmatch(site.name) or
                 (site.part is None and expression.fullmatch(site.path))]
     if any(mark in pattern for mark in "*?"):
-        return [site for site in whole if fnmatchcase(site.path, pattern)]
-    named = [site for site in candidates if site.name == pattern or site.name.endswith("." + pattern)]
+        return [site for site in whole if fnmatchcase(site.path, pattern) or (
+            site.kind == "stack" and fnmatchcase(site.name, pattern))]
+    named = [site for site in candidates if any(name == pattern or name.endswith("." + pattern) for name in _names(site))]
     named = named or [site for site in whole if site.path == pattern or site.path.endswith("." + pattern)]
     return named or [site for site in candidates if site.role == pattern]
 
 
+def _names(site: Site) -> tuple[str, ...]:
+    return (site.name, site.path) if site.kind == "stack" else (site.name,)
+
+
 def _nothing_matches(missed: list[str], candidates: list[Site], kinds: tuple[Kind, ...]) -> TargetError:
     names = sorted({split_path(site.path)[2].rsplit(".", 1)[-1] for site in candidates} | {site.role for site in candidates})
+    names = sorted({*names, *(site.tensor for site in candidates if site.kind == "stack")})
     words = ["attention", "mlp", "all-linear", "all"]
     hint = did_you_mean(missed[0].removeprefix("!"), names + words)
     where = " or ".join(kinds)

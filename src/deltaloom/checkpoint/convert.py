@@ -124,6 +124,11 @@ def _pairs(tuned: Tuned, lane: str, heads: Sequence[Attached]) -> dict[str, _Pai
     moving = [(site, delta) for site, delta in tuned.pairs(lane) if id(delta) not in kept]
     if not moving:
         raise RefusedError("nothing but heads has been changed", got=lane, hint="Keep the native format.")
+    stacks = [site.name for site, _ in moving if site.kind == "stack"]
+    if stacks:
+        raise RefusedError("a low-rank delta changes matrices of affine layers, not kernels, experts or other stacks",
+                           got=f"{len(stacks)} stacks", hint="Keep the native format, or merge.",
+                           problems=[*stacks[:8], *([f"and {len(stacks) - 8} more"] if len(stacks) > 8 else [])])
     refuse_unfoldable(moving)
     pairs = {}
     for wrapper in wrappers(tuned.model):

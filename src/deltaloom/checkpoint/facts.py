@@ -11,6 +11,7 @@ from deltaloom.errors import RefusedError
 from deltaloom.sites import Site, affine_weight
 from deltaloom.tuned import Tuned
 from deltaloom.tuned.adapted import Adapted
+from deltaloom.tuned.replaced import adds
 
 MOST_SINGULAR = 64  # singular values that are kept of one site
 
@@ -42,6 +43,9 @@ def _change(tuned: Tuned, site: Site, delta: Delta) -> tuple[int | None, float |
         return down.shape[0], float(values.norm()), [float(value) for value in values[:MOST_SINGULAR]]
     if isinstance(delta, PrefixDelta | InputDelta) or site.entry is not None:
         return None, None, None
+    if adds(delta) and type(delta).fold is Delta.fold and not delta.override():
+        added = [increment.detach().float().norm() for increment in delta.increments().values()]
+        return None, float(torch.stack(added).norm()) if added else 0.0, None
     weight = _frozen_weight(tuned, site)
     if weight is None:
         return None, None, None

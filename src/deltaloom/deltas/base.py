@@ -1,10 +1,10 @@
 """The contract of deltas, methods and controllers.
 
-        x ---- before ---> [ frozen layer, with override ] ---- y ---> after ---> new y
+        x ---- before ---> [ frozen layer, with override + increments ] ---- y ---> after ---> new y
 
 A delta is the trainable change at one site; a method is the settings that make the deltas of a set of sites; a controller
 changes deltas while training. A list of deltas nests: the k-th sees the layer with the deltas 1..k-1 as "the layer".
-Overrides come first, whatever their position: they replace the layer's own tensors.
+Overrides come first, whatever their position: they replace the layer's own tensors. Increments are added to these next.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deltaloom.errors import RefusedError, SettingsError, did_you_mean
 from deltaloom.registry import class_named, names_in
 from deltaloom.settings import Settings
-from deltaloom.sites import Kind, Site, affine_weight, find_sites
+from deltaloom.sites import Kind, Site, affine_weight, find_sites, stack_matrices
 
 
 class Delta(nn.Module, ABC):
@@ -43,6 +43,15 @@ class Delta(nn.Module, ABC):
 
     def override(self) -> dict[str, Tensor]:
         """Trainable replacements of the layer's own tensors, by their names in the layer; always whole tensors."""
+        return {}
+
+    def increments(self) -> dict[str, Tensor]:
+        """Increments of the layer's own tensors, by their names in the layer: added to them before the layer runs.
+
+        For layers that are no plain affine map. At a stack site the increment of `site.tensor` is (slices, d_out, d_in), however
+        the layer stores it; any other tensor's has that tensor's own shape. Several deltas may add to one tensor. Merging adds
+        them exactly, so that a delta that does nothing else needs no `fold`.
+        """
         return {}
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -121,8 +130,11 @@ class AttachContext:
         return self.model.get_submodule(site.path)
 
     def weight(self, site: Site) -> Tensor:
-        """The site's frozen weight as (d_out, d_in) in float32 (rows of its part, if it is one)."""
+        """The site's frozen weight as (d_out, d_in) in float32 (rows of its part, if it is one); of a stack all matrices,
+        (slices, d_out, d_in)."""
         layer = self.layer(site)
+        if site.kind == "stack":
+            return stack_matrices(site, layer.get_parameter(site.tensor).detach().float())
         weight = affine_weight(layer).detach().float()
         return weight[slice(*site.part)] if site.part else weight
 

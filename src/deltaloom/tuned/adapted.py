@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +20,7 @@ from deltaloom.deltas.base import Delta, LowRankDelta
 from deltaloom.errors import RefusedError
 from deltaloom.kernels.low_rank import Affine, low_rank_linear
 from deltaloom.sites import Site
+from deltaloom.tuned.replaced import adds, call_replaced, with_increments
 
 Group = tuple[str | None, Tensor | None]  # a lane and the rows that it acts on; None: no lane, all rows
 
@@ -183,11 +183,9 @@ class Adapted(nn.Module):
                 x = delta.before(x)
         inputs.reverse()
         fused = 0
-        overrides = {name: tensor for site, delta in items for name, tensor in delta.override().items()}
-        if overrides:
-            dtypes = {name: tensor.dtype for name, tensor in self.base.named_parameters(recurse=False)}
-            cast = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in overrides.items()}
-            y = functional_call(self.base, cast, (x, *args), kwargs)
+        replaced = self._replaced(items)
+        if replaced:
+            y = call_replaced(self.base, replaced, (x, *args), kwargs)
         else:
             y, fused = self._base_with_low_rank(x, items, inputs, args, kwargs)
         for (site, delta), seen in zip(items[fused:], inputs[fused:], strict=True):
@@ -197,6 +195,17 @@ class Adapted(nn.Module):
                 start, stop = site.part
                 y = torch.cat((y[..., :start], delta.after(seen, y[..., start:stop]), y[..., stop:]), -1)
         return y
+
+    def _replaced(self, items: list[tuple[Site, Delta]]) -> dict[str, Tensor]:
+        """What stands in for the layer's own tensors: overrides, with increments added, in the types of the layer's storage."""
+        found = {name: tensor for _, delta in items for name, tensor in delta.override().items()}
+        adding = any(adds(delta) for _, delta in items)
+        if not found and not adding:
+            return found
+        own = dict(self.base.named_parameters(recurse=False))
+        if adding:
+            found = with_increments(self.path, own, found, items)
+        return {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in found.items()}
 
     def _branch_input(self, key: str, taken: dict[str, Tensor], rows: Tensor | None) -> Tensor:
         if key not in taken:

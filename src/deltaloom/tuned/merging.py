@@ -1,7 +1,7 @@
 """Merging: a lane's deltas folded into the model's own weights, with the rounding error measured; unmerging is bit-exact.
 
-All of it is computed before anything is changed: overrides first, then `fold` in the order of the deltas, in float64 (float32
-for very large tensors), and then rounded once to the type that the base is stored in.
+All of it is computed before anything is changed: overrides first, then increments, then `fold` in the order of the deltas, in
+float64 (float32 for very large tensors), and then rounded once to the type that the base is stored in.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from deltaloom.deltas.base import Delta, InputDelta, PrefixDelta
 from deltaloom.errors import RefusedError
 from deltaloom.sites import Site, input_layer, output_layer
 from deltaloom.tuned.adapted import Adapted, wrappers
+from deltaloom.tuned.replaced import adds, with_increments
 
 if TYPE_CHECKING:
     from deltaloom.tuned.model import Tuned
@@ -154,7 +155,7 @@ def refuse_unfoldable(pairs: Sequence[tuple[Site, Delta]]) -> None:
             problems.append(f"{site.name}: a {type(delta).__name__} adds rows, it changes no weight")
         elif site.entry is not None:
             problems.append(f"{site.name}: a {type(delta).__name__} runs beside the layer on another input")
-        elif type(delta).fold is Delta.fold and not delta.override():
+        elif type(delta).fold is Delta.fold and not adds(delta) and not delta.override():
             problems.append(f"{site.name}: a {type(delta).__name__} is not an affine change")
     if problems:
         raise RefusedError("this delta cannot be merged into the weights", hint="Keep the delta next to the model.",
@@ -170,8 +171,14 @@ def exact_tensors(wrapper: Adapted, items: Sequence[tuple[Site, Delta]]) -> dict
     """
     own = dict(wrapper.base.named_parameters(recurse=False))
     exact: dict[str, Tensor] = {key: tensor.detach() for _, delta in items for key, tensor in delta.override().items()}
-    folding = [(site, delta) for site, delta in items if not delta.override()]
+    exact = with_increments(wrapper.path, own, exact, items, _high_precision)
+    folding = [(site, delta) for site, delta in items
+               if not delta.override() and not (adds(delta) and type(delta).fold is Delta.fold)]
     return exact | _folded(wrapper, own, exact, folding) if folding else exact
+
+
+def _high_precision(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.numel() <= DOUBLE_UP_TO and tensor.device.type != "mps" else torch.float32
 
 
 @torch.no_grad()
@@ -201,7 +208,7 @@ def _folded(wrapper: Adapted, own: Mapping[str, Tensor], overrides: Mapping[str,
     if weight is None or not weight.is_floating_point():
         raise RefusedError("the layer does not store a plain weight that a delta could be folded into",
                            got=f"{path} ({type(base).__name__})", hint="Merge into an unquantised base, or keep the delta apart.")
-    dtype = torch.float64 if weight.numel() <= DOUBLE_UP_TO and weight.device.type != "mps" else torch.float32
+    dtype = _high_precision(weight)
     turned = isinstance(base, Conv1D | nn.Embedding)
     start = weight.detach().to(dtype)
     start = start.T if turned else start
