@@ -41,7 +41,7 @@ def changes_by_role(tuned):
 
 
 @pytest.mark.parametrize("layout", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2), Full(targets="all-linear"), IA3()], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2), Full(targets="all-linear"), IA3()], ids=lambda each: each.name)
 def test_rho_is_that_of_dense_matrices(method, layout):
     tuned = attach(toy(layout), [method])
     perturb(tuned)
@@ -81,8 +81,8 @@ def test_ranks_are_in_the_order_of_the_layers():
 
 
 def test_groups_are_linear_sites_of_one_method_in_several_layers():
-    tuned = attach(toy("llama"), [LoRA(rank=2, targets="q"), LoRA(rank=3, targets=("q", "k")), LoRA(rank=2, targets="v", layers="1"),
-                                  Prefix(length=2), Bottleneck(size=2)])
+    tuned = attach(toy("llama"), [LoRA(rank=2, targets="q"), LoRA(rank=3, targets=("q", "k")),
+                                  LoRA(rank=2, targets="v", layers="1"), Prefix(length=2), Bottleneck(size=2)])
     found = [(group.method, group.role, group.shape) for group in depth.group_facts(tuned)]
     assert found == [(0, "q", (16, 16)), (1, "q", (16, 16)), (1, "k", (8, 16))]
 

@@ -62,7 +62,8 @@ def save(tuned: Tuned, folder: Path | str, name: str | None = None, *, base: Map
                 raise RefusedError("a delta is merged into the weights", got=tuned.merged, hint="Call `tuned.unmerge()` first.")
             facts["fingerprint"] = fingerprint_of(model)
     return write(tuned.saved(lane), Path(folder), base=base_record(facts), data=data, seed=seed,
-                 sites=site_facts(tuned, lane), shared=shared_facts(tuned, lane), groups=group_facts(tuned, lane), replace=replace)
+                 sites=site_facts(tuned, lane), shared=shared_facts(tuned, lane), groups=group_facts(tuned, lane),
+                 replace=replace)
 
 
 def base_record(facts: Mapping[str, Any]) -> BaseRecord:
@@ -80,7 +81,7 @@ def base_record(facts: Mapping[str, Any]) -> BaseRecord:
 def write(saved: SavedDelta, folder: Path, *, base: BaseRecord, data: Mapping[str, Any] | None = None, seed: int | None = None,
           sites: Sequence[SiteFacts] = (), shared: Sequence[SharedFacts] = (), groups: Sequence[GroupFacts] = (),
           replace: bool = False) -> int:
-    """Write a delta that is apart from a model; as `save`. What is known of its sites, shared modules and groups is kept with it."""
+    """Write a delta that is apart from a model; as `save`, with what is known of its sites, shared modules and groups."""
     check_finite(saved.state)
     tensors, same = _distinct(saved.state)
     blob = to_bytes(tensors, metadata={"format": "pt"})

@@ -10,13 +10,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from deltaloom.report.svg import canvas, element
 from deltaloom.report.text import figure
 
 TONES = 9
 _WIDTH, _LEFT, _TOP = 340.0, 34.0, 3.0
+_CLASS = math.log(1.1)
 _FARTHEST = 1e4     # a logarithmic scale spans four powers of ten at most; what lies below has the lowest tone
 
 
@@ -47,19 +48,23 @@ def whole_heat(values: Iterable[int]) -> Heat:
     classes = min(TONES, count)
     ends = [low + (index + 1) * count // classes - 1 for index in range(classes)]
     starts = [low, *(end + 1 for end in ends[:-1])]
-    return Heat(tuple(map(float, ends)), tuple(f"{a:,}" if a == b else f"{a:,}\u2013{b:,}" for a, b in zip(starts, ends, strict=True)))
+    labels = [f"{a:,}" if a == b else f"{a:,}\u2013{b:,}" for a, b in zip(starts, ends, strict=True)]
+    return Heat(tuple(map(float, ends)), tuple(labels))
 
 
 def log_heat(values: Iterable[float], unit: str = "") -> Heat:
-    """Nine classes that are equally wide in logarithms, over the values above 0 without the outermost hundredths."""
+    """Classes that are equally wide in logarithms, over the values above 0 without the outermost hundredths.
+
+    Nine of them, or as many as keep a tenth between their ends.
+    """
     known = sorted(value for value in values if value > 0) or [1.0]
     low, high = known[len(known) // 100], known[-1 - len(known) // 100]
     low = max(low, high / _FARTHEST)
-    if high / low < 1.01:
-        return Heat((high,), (f"{_short(high)}{unit}",))
-    step = math.log(high / low) / TONES
-    ends = [low * math.exp(step * (index + 1)) for index in range(TONES)]
-    labels = [f"below {_short(ends[0])}", *(f"{_short(a)}\u2013{_short(b)}" for a, b in zip(ends, ends[1:-1], strict=False)),
+    classes = min(TONES, int(math.log(high / low) / _CLASS))
+    if classes < 2:
+        return Heat((high,), (f"about {_short(high)}{unit}",))
+    ends = [low * (high / low) ** ((index + 1) / classes) for index in range(classes)]
+    labels = [f"below {_short(ends[0])}", *(f"{_short(a)}\u2013{_short(b)}" for a, b in pairwise(ends[:-1])),
               f"above {_short(ends[-2])}"]
     return Heat(tuple(ends), tuple(label + unit for label in labels))
 
@@ -67,15 +72,15 @@ def log_heat(values: Iterable[float], unit: str = "") -> Heat:
 def heat_map(title: str, tones: Sequence[Sequence[int | None]], *, rows: str, said: Sequence[str], steps: tuple[int, int]) -> str:
     """The drawing of one group: `tones[row][column]`, row 0 on top, columns evenly from the first to the last of `steps`.
 
-    `rows` names what a row is, `said` has the hover text of each row.
+    `rows` names what a row is, `said` has the hover text of each row, or nothing.
     """
     count, columns = len(tones), max((len(row) for row in tones), default=0)
     size = min(16.0, max(2.6, 150.0 / max(1, count)))
     width, height = _WIDTH - _LEFT - 4, size * count
     cells = "".join(element("path", d=path, class_=f"h{tone}") for tone, path in sorted(paths(tones).items()))
-    hits = "".join(element("path", d=f"M0 {index}h{columns}", class_="over", title=text) for index, text in enumerate(said))
+    hits = "".join(element("path", d=f"M0 {index}h{columns}", title=text) for index, text in enumerate(said))
     place = f"translate({_LEFT:g} {_TOP + size / 2:.2f}) scale({width / max(1, columns):.5g} {size:.5g})"
-    parts = [element("g", cells + hits, class_="heat", transform=place),
+    parts = [element("g", cells + element("g", hits, class_="over"), class_="heat", transform=place),
              element("rect", x=_LEFT, y=_TOP, width=width, height=height, class_="frame")]
     for index in _row_ticks(count, size):
         parts.append(element("text", text=str(index), x=_LEFT - 5, y=_TOP + size * (index + 0.5) + 4, text_anchor="end"))
@@ -83,7 +88,8 @@ def heat_map(title: str, tones: Sequence[Sequence[int | None]], *, rows: str, sa
     parts.append(element("text", text=f"{steps[0]:,}", x=_LEFT, y=foot))
     if steps[1] > steps[0]:
         parts.append(element("text", text=f"{steps[1]:,}", x=_WIDTH - 4, y=foot, text_anchor="end"))
-    parts.append(element("text", text=f"{rows} down, step across", x=_LEFT + width / 2, y=foot, text_anchor="middle", class_="label"))
+    across = f"{rows} down, step across"
+    parts.append(element("text", text=across, x=_LEFT + width / 2, y=foot, text_anchor="middle", class_="label"))
     return canvas(_WIDTH, foot + 6, f"{title}. {count} rows ({rows}), steps {steps[0]:,} to {steps[1]:,}", "".join(parts))
 
 

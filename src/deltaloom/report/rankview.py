@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from markupsafe import Markup
@@ -15,17 +16,19 @@ from deltaloom.report.svg import shortened
 from deltaloom.report.tables import RankGroup, RankHistory
 from deltaloom.report.text import DASH, count, figure
 
-MOST_BYTES = 220_000                     # of all maps of a run; where they would be larger, columns become fewer
-_COLUMNS = (80, 56, 40, 28, 20, 14, 10, 1)
+MOST_BYTES = 200_000                     # of all maps of a run
+# Most columns, and whether lines have hover texts: the first that fits is taken.
+_DETAIL = ((80, True), (56, True), (40, True), (40, False), (28, False), (20, False), (14, False), (10, False), (5, False))
 Table = Sequence[Sequence[float | None]]  # [change][row]
 
 
 @dataclass(frozen=True)
 class RankView:
-    """One controller's drawings, the legends of their tones, and the sentence on how to read them."""
+    """One controller's drawings, the legends of their tones, and how to read them; `hover`: lines tell their numbers."""
 
     title: str
     reading: str
+    hover: bool
     ranks: list[Chart]
     importance: list[Chart]
     rank_legend: list[tuple[int | None, str]]
@@ -34,43 +37,43 @@ class RankView:
 
 
 def rank_views(histories: Sequence[RankHistory]) -> list[RankView]:
-    """A view of each history; together their maps stay within `MOST_BYTES`, at the price of columns."""
+    """A view of each history; together their maps stay within `MOST_BYTES`, at the price of columns and hover texts."""
     shown = [history for history in histories if history.groups]
     views: list[RankView] = []
-    for most in _COLUMNS:
-        views = [_view(history, most, len(shown) > 1) for history in shown]
+    for most, hover in _DETAIL:
+        views = [_view(history, most, hover, len(shown) > 1) for history in shown]
         if sum(len(chart.svg) for view in views for chart in (*view.ranks, *view.importance)) <= MOST_BYTES:
             break
     return views
 
 
-def _view(history: RankHistory, most: int, several: bool) -> RankView:
+def _view(history: RankHistory, most: int, hover: bool, several: bool) -> RankView:
     rank_heat = whole_heat(rank for group in history.groups for row in group.ranks for rank in row if rank is not None)
     shares = _relative(history)
     share_heat = log_heat((value for table in shares for row in table for value in row if value is not None), "\u00d7")
     picked = columns(history.steps, most)
-    said = _reading(history.rows)
     return RankView(
-        title=", ".join(shortened(group.name, 40) for group in history.groups[:6]) if several else "", reading=said,
-        ranks=[_ranks(history, group, picked, rank_heat) for group in history.groups],
-        importance=[_importance(history, group, table, picked, share_heat)
+        title=", ".join(shortened(group.name, 40) for group in history.groups[:6]) if several else "",
+        reading=_reading(history.rows), hover=hover,
+        ranks=[_ranks(history, group, picked, rank_heat, hover) for group in history.groups],
+        importance=[_importance(history, group, table, picked, share_heat, hover)
                     for group, table in zip(history.groups, shares, strict=True) if any(map(any, table))],
         rank_legend=rank_heat.legend, importance_legend=share_heat.legend, curves=_curves(history))
 
 
 def columns(steps: Sequence[int], most: int) -> list[int]:
-    """The change that each column shows: the last one at or before its step, with columns evenly from first to last step.
+    """The change that each column shows: the last one before its right end, with columns evenly from first to last step.
 
     As many columns as keep the shortest distance between two changes apart, but at most `most`.
     """
     if len(steps) < 2:
         return [0] * len(steps)
     span = steps[-1] - steps[0]
-    shortest = min(b - a for a, b in zip(steps, steps[1:], strict=False))
+    shortest = min(b - a for a, b in pairwise(steps))
     number = max(1, min(most, span // shortest + 1))
     if number == 1:
         return [len(steps) - 1]
-    return [bisect_right(steps, steps[0] + span * index // (number - 1)) - 1 for index in range(number)]
+    return [bisect_right(steps, steps[0] + span * (2 * index + 1) // (2 * number - 2)) - 1 for index in range(number)]
 
 
 def _relative(history: RankHistory) -> list[Table]:
@@ -84,16 +87,17 @@ def _relative(history: RankHistory) -> list[Table]:
     return list(found)
 
 
-def _ranks(history: RankHistory, group: RankGroup, picked: Sequence[int], heat: Heat) -> Chart:
-    ends = [_ends(group.ranks, index) for index in range(_height(group))]
+def _ranks(history: RankHistory, group: RankGroup, picked: Sequence[int], heat: Heat, hover: bool) -> Chart:
+    ends = [_ends(group.ranks, index) for index in range(_height(group))] if hover else []
     said = [f"{history.rows} {index}: rank {count(first)} \u2192 {count(last)}" for index, (first, last) in enumerate(ends)]
     first, last = group.totals
     note = f"total rank {count(first)}" + (f" \u2192 {count(last)}" if len(history.steps) > 1 else "")
     return _map(history, group, group.ranks, picked, heat, said, "Ranks", note)
 
 
-def _importance(history: RankHistory, group: RankGroup, table: Table, picked: Sequence[int], heat: Heat) -> Chart:
-    ends = [_ends(group.importance, index) for index in range(_height(group))]
+def _importance(history: RankHistory, group: RankGroup, table: Table, picked: Sequence[int], heat: Heat,
+                hover: bool) -> Chart:
+    ends = [_ends(group.importance, index) for index in range(_height(group))] if hover else []
     said = [f"{history.rows} {index}: score {_short(first)} \u2192 {_short(last)}" for index, (first, last) in enumerate(ends)]
     sums = [[score for row in part for score in row if score is not None] for part in (table[:1], table[-1:])]
     means = [figure(float(f"{sum(part) / len(part):.2g}")) if part else DASH for part in sums]
@@ -128,17 +132,18 @@ def _reading(rows: str) -> str:
             "frequency": "a line is a frequency over the layers: a pattern in which their changes rise and fall together, "
                          "with the usual transforms from what all layers share (on top) to what differs from one to the next"}
     return (f"Each map is one group of layers with the same role and shape; training goes from left to right, "
-            f"{what.get(rows, 'a line is one ' + rows)}, and the stronger the colour, the more rank it is given at that time: where "
-            "a line fades, its parameters went to lines that matter more, and where it is empty, nothing is left.")
+            f"{what.get(rows, 'a line is one ' + rows)}, and the stronger the colour, the more rank it is given at that time: "
+            "where a line fades, its parameters went to lines that matter more, and where it is empty, nothing is left.")
 
 
 def _curves(history: RankHistory) -> list[Chart]:
     charts = []
     if history.parameters or history.budget:
         lines = [Series("kept", history.parameters, 0), Series("budget", history.budget, 1)]
-        charts.append(Chart("Parameters kept and allowed", Markup(line_chart(
-            "Parameters kept and allowed", [line for line in lines if line.points], y_label="parameters", zero=True, form=count))))
+        title = "Parameters kept and allowed"
+        charts.append(Chart(title, Markup(line_chart(title, lines, y_label="parameters", zero=True, form=count))))
     if any(value > 0 for _, value in history.residual):
-        drawn = line_chart("Deviation from orthonormal factors", [Series("residual", history.residual)], log=True)
-        charts.append(Chart("Deviation from orthonormal factors", Markup(drawn), "the largest of all groups; 0 is perfect"))
+        title = "Deviation from orthonormal factors"
+        drawn = line_chart(title, [Series("residual", history.residual)], log=True)
+        charts.append(Chart(title, Markup(drawn), "largest of all groups"))
     return charts

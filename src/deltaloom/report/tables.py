@@ -121,7 +121,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class RankGroup:
-    """One group of layers while a controller changed its ranks: `ranks[change][row]`, `importance[change][row]`, None: unknown."""
+    """A group of layers while a controller changed its ranks: `ranks[change][row]`, `importance[change][row]`; None: unknown."""
 
     name: str
     ranks: tuple[tuple[int | None, ...], ...]
