@@ -122,6 +122,22 @@ def test_the_tsvd_gives_the_tensor_back_from_orthonormal_and_diagonal_parts(shap
 
 
 @pytest.mark.parametrize("count", COUNTS)
+def test_the_tsvd_is_real_whatever_phases_a_complex_svd_returns(count, monkeypatch):
+    plain = torch.linalg.svd
+
+    def turned(slices: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        u, s, vh = plain(slices, full_matrices=full_matrices)
+        phases = torch.polar(torch.ones_like(s), s) if slices.is_complex() else torch.ones_like(s)
+        return u * phases[..., None, :], s, phases.conj()[..., None] * vh
+
+    monkeypatch.setattr(torch.linalg, "svd", turned)
+    a = random(count, 3, 4)
+    u, s, v = t_svd(a)
+    torch.testing.assert_close(t_product(t_product(u, s), t_transpose(v)), a, **TIGHT)
+    torch.testing.assert_close(t_product(t_transpose(u), u), t_identity(3, count), **TIGHT)
+
+
+@pytest.mark.parametrize("count", COUNTS)
 def test_singular_values_are_those_of_the_block_circulant_matrix(count):
     a = random(count, 3, 4)
     tubes = torch.fft.fft(torch.diagonal(t_svd(a)[1], dim1=1, dim2=2), dim=0)

@@ -112,7 +112,6 @@ def dft(n: int) -> LayerTransform:
     turns = None
     if 2 in width:
         turns = scale * _cosine(4 * steps - n, 4 * n)                  # sin x = cos(x - pi/2)
-        turns[torch.tensor(width) == 1] = 0.0
     return LayerTransform(scale * _cosine(steps, n), turns, width)
 
 
@@ -137,8 +136,7 @@ def data(gram: Tensor) -> LayerTransform:
         ValueError: not a square matrix.
         NonFiniteError: entries that are NaN or infinite.
     """
-    values, vectors = torch.linalg.eigh(checked_gram(gram))
-    rows = vectors.T[torch.argsort(values, descending=True, stable=True)]
+    rows = torch.linalg.eigh(checked_gram(gram)).eigenvectors.T.flip(0)
     sizes = rows.abs()
     # Entries of one size differ by rounding: without the margin the sign would be drawn by it.
     first = (sizes >= sizes.amax(1, keepdim=True) * (1 - 1e-9)).double().argmax(1, keepdim=True)
