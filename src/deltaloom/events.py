@@ -111,10 +111,21 @@ class Warned(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RankChanged(Event):
-    """A controller changed ranks: rank per site or group name."""
+    """A controller decided which components stay: for each group of layers the ranks of its rows, and their mean importance.
+
+    `rows` says what a row of a group is: "layer" or "frequency". `ranks` and `importance` hold, for each group, one number a
+    row: its rank, and the mean importance score of its components. `parameters` are those of the kept components, `budget` those
+    that were allowed. `residual`: the largest relative deviation ||U^T U - I|| / sqrt(r) over the groups; 0 where none is kept
+    orthonormal.
+    """
 
     step: int
-    ranks: dict[str, int]
+    rows: str
+    ranks: dict[str, list[int]]
+    importance: dict[str, list[float]]
+    parameters: int
+    budget: int
+    residual: float
 
 
 @dataclass(frozen=True, kw_only=True)

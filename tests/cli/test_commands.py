@@ -82,6 +82,9 @@ def test_inspect_tells_what_the_run_saved(runs, command):
     assert found["bytes"] == stored["delta_bytes"]
     assert [method["method"] for method in found["methods"] if not method["head"]] == ["lora", "prefix"]
     assert found["rank"] == 3 and found["labels"] == ["bad", "good"]
+    assert sum(part["parameters"] for part in (*found["sites"], *found["shared"])) == found["parameters"]
+    assert all(group["ranks"] == [3] * group["layers"] and 1 / group["layers"] <= group["rho"] <= 1 for group in found["groups"])
+    assert {group["role"] for group in found["groups"]} >= {"q", "k", "v", "o"}
     assert command.json("inspect", runs["a"] / "delta" / "peft")["format"] == "peft"
 
 

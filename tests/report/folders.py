@@ -24,6 +24,7 @@ def classification_run(
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
     if finished:
         (folder / "metrics.json").write_text(json.dumps(metrics(rate, rank)))
+        save_record(folder)
     return folder
 
 
@@ -92,6 +93,48 @@ ENVIRONMENT = {
 }
 
 
+SHAPES = {"q": (384, 384), "k": (384, 384), "v": (384, 384), "o": (384, 384), "up": (1536, 384), "down": (384, 1536)}
+
+
+def rank_change(
+    step: int, progress: float, *, rank: int = 8, rows: str = "layer", layers: int = 6, groups: tuple[str, ...] = tuple(SHAPES)
+) -> events.RankChanged:
+    """What a controller could decide: ranks go where the importance is, within a budget that falls by a cubic schedule."""
+    chance = random.Random(rows)
+    scores, ranks, cost = {}, {}, {}
+    allowed = round(rank * (1.5 - 0.9 * (1 - (1 - progress) ** 3)) * layers * len(groups))
+    for place, name in enumerate(groups):
+        fall = 0.9 * place / len(groups) + (2.2 if rows == "frequency" else 0.6)
+        peak = 0 if rows == "frequency" else 0.7
+        wave = [0.3 * math.sin(6 * progress + 7 * chance.random()) for _ in range(layers)]
+        scores[name] = [
+            1e-3 * math.exp(-3 * progress + wave[row] - fall * abs(row / layers - peak)) for row in range(layers)
+        ]
+        cost[name] = sum(SHAPES.get(name.split()[0], (384, 384)))
+    whole = sum(score**0.7 for row in scores.values() for score in row)
+    for name, row in scores.items():
+        ranks[name] = [max(0, min(round(2 * rank), round(allowed * score**0.7 / whole * (1 + progress) - progress * rank / 2)))
+                       for score in row]
+    kept = sum(sum(row) * cost[name] for name, row in ranks.items())
+    return events.RankChanged(step=step, rows=rows, ranks=ranks, importance=scores, parameters=kept, budget=round(kept * 1.04),
+                              residual=0.02 + 0.3 * math.exp(-6 * progress) * (1 + 0.1 * chance.random()))
+
+
+DEPTH = [
+    {"role": role, "shape": list(shape), "method": 0, "layers": 6, "rho": 0.17 + 0.11 * place,
+     "ranks": [4, 8, 8, 6, 5, 2 + place], **({"residual": 0.0031} if role != "down" else {})}
+    for place, (role, shape) in enumerate(SHAPES.items())
+]
+
+
+def save_record(folder: Path, **changes: object) -> None:
+    """The record of a saved delta as far as a report reads it."""
+    (folder / "delta").mkdir(exist_ok=True)
+    methods = [{"settings": {"method": "lora"}, "sites": []}]
+    record = {"format": "deltaloom-delta", "version": 1, "methods": methods, "groups": DEPTH}
+    (folder / "delta" / "delta.json").write_text(json.dumps(record | changes))
+
+
 def run_events(
     *, rate: float = 1e-3, rank: int = 8, seed: int = 0, steps: int = STEPS, finished: bool = True
 ) -> list[events.Event]:
@@ -150,7 +193,6 @@ def run_events(
         events.Warned(kind="truncated", message="3 rows were longer than data.max_length=128 and were cut at the end", count=3),
         events.Warned(kind="duplicate", message="12 training rows occur twice", count=12),
     ]
-    names = [f"encoder.layer.{layer}.attention.self.{part}" for layer in range(6) for part in ("query", "value")]
     for step in range(1, steps + 1):
         progress = step / steps
         happened.append(
@@ -179,15 +221,7 @@ def run_events(
                     },
                 )
             )
-            happened.append(
-                events.RankChanged(
-                    step=step,
-                    ranks={
-                        name: max(1, round(rank * (1 - 0.6 * progress * ((index * 7) % 12) / 12)))
-                        for index, name in enumerate(names)
-                    },
-                )
-            )
+            happened.append(rank_change(step, progress, rank=rank))
     happened.append(
         events.Acted(step=steps - 1, action="early stop considered", reason="accuracy has not risen for 2 evaluations")
     )

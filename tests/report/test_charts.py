@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaloom.report.charts import Bar, Change, Series, bar_chart, before_after, heatmap, line_chart
+from deltaloom.report.charts import Bar, Change, Series, bar_chart, before_after, line_chart
 from deltaloom.report.svg import scale, thinned
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -42,22 +42,6 @@ def test_line_charts_of_anything_are_valid_drawings(lines, title, log, zero):
 @given(st.lists(st.tuples(names, finite, st.none() | finite, st.none() | finite), max_size=5))
 def test_bars_of_anything_are_valid_drawings(bars):
     assert_drawing(bar_chart("bars", [Bar(*bar) for bar in bars]))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 5), st.integers(0, 5), st.data())
-def test_heat_maps_of_anything_are_valid_drawings(rows, columns, data):
-    values = [[data.draw(st.none() | finite) for _ in range(columns)] for _ in range(rows)]
-    root = assert_drawing(heatmap([f"row {i}" for i in range(rows)], [str(i) for i in range(columns)], values))
-    cells = [node for node in root.iter("rect") if node.get("class") == "cell"]
-    assert len(cells) == sum(value is not None for row in values for value in row)
-    assert all(0 <= float(cell.get("fill-opacity")) <= 1 for cell in cells)
-
-
-def test_the_heat_map_is_fullest_where_the_value_is_highest():
-    root = assert_drawing(heatmap(["a", "b"], ["1", "2"], [[1, 4], [2, 8]]))
-    strength = [float(node.get("fill-opacity")) for node in root.iter("rect")]
-    assert sorted(strength) == [strength[0], strength[2], strength[1], strength[3]]
 
 
 def test_before_and_after_tells_all_in_its_hover_title():
@@ -98,7 +82,6 @@ def test_names_are_escaped():
         line_chart(evil, [Series(evil, [(0.0, 1.0)]), Series(evil, [(0.0, 1.0)])], x_label=evil, y_label=evil),
         bar_chart(evil, [Bar(evil, 1.0, detail=evil)]),
         before_after(evil, [Change(evil, 0.1, 0.2)]),
-        heatmap([evil], [evil], [[1.0]], title=evil),
     ):
         assert "<script" not in svg
         assert_drawing(svg)

@@ -91,7 +91,9 @@ def test_a_whole_run_is_read(run):
     assert dict(facts.data.others)["vocabulary"] == "8123"
     assert dict(facts.data.others)["overlap"] == "1"
     assert [(warning.kind, warning.count) for warning in facts.warnings] == [("duplicate", 12), ("truncated", 3), ("warning", 1)]
-    assert facts.ranks.names[0] == "encoder.layer.0.attention.self.query" and len(facts.ranks.steps) == 6
+    assert [group.name for group in facts.ranks[0].groups] == ["q", "k", "v", "o", "up", "down"]
+    assert facts.ranks[0].rows == "layer" and facts.ranks[0].steps == (20, 40, 60, 80, 100, 120)
+    assert [(row.method, row.role, row.layers) for row in facts.depth[:2]] == [("lora", "q", 6), ("lora", "k", 6)]
     assert facts.warnings[2].messages == ("1 of 872 evaluation rows has the input of a training row",)
     origins = {setting.key: setting.origin for setting in facts.settings}
     assert (origins["train.learning_rate"], origins["deltas.0.rank"], origins["data.max_length"]) == ("flag", "file", "default")
@@ -238,8 +240,12 @@ def test_arbitrary_bytes_are_shown(tmp_path_factory, one, other):
 
 def test_it_is_bounded_however_much_the_run_wrote(tmp_path):
     lines = [json.dumps({"event": "Step", "step": i, "loss": 1.0 / (i + 1), "tokens": 10, "seconds": 0.1}) for i in range(20_000)]
+    groups = range(50)
     lines += [json.dumps({"event": "Sampled", "row": i, "input": "x" * 50_000}) for i in range(60)]
-    lines += [json.dumps({"event": "RankChanged", "step": i, "ranks": {f"layer.{j}": 4 for j in range(300)}}) for i in range(100)]
+    lines += [
+        json.dumps({"event": "RankChanged", "step": i, "ranks": {f"group {j}": [(i + j + k) % 7 for k in range(300)] for j in groups}})
+        for i in range(100)
+    ]
     lines += [json.dumps({"event": "Warned", "kind": f"kind {i}", "message": "m"}) for i in range(1000)]
     folder = written(tmp_path / "run", events="\n".join(lines), run="".join(f"k{i}: v\n" for i in range(5000)))
     facts = read_run(folder)
@@ -248,7 +254,8 @@ def test_it_is_bounded_however_much_the_run_wrote(tmp_path):
     assert any("samples are shown" in note for note in facts.missing) and any(
         "warnings are shown" in note for note in facts.missing
     )
-    assert "120 of 300 sites, 60 of 100 changes" in page
+    assert "only the ranks of the first 40 of 50 groups are shown" in facts.missing
+    assert any("the first 256 of 300 rows of the ranks" in note for note in facts.missing)
 
 
 def test_the_origin_of_a_list_is_that_of_its_items(tmp_path):

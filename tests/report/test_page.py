@@ -11,7 +11,7 @@ from deltaloom import events
 from deltaloom.errors import ResourceError, UsageError
 from deltaloom.report.page import write_report
 
-from .folders import classification_run, run_events, run_file
+from .folders import classification_run, run_events, run_file, save_record
 
 EVIL = """"'><script>alert(1)</script><img src=x onerror=alert(1)></style></svg>{{ 7*7 }}"""
 
@@ -118,7 +118,7 @@ def test_every_kind_of_event_leaves_a_trace(html):
         events.Evaluated: "best at step 120",
         events.Saved: "step-120, 302,112 bytes",
         events.Warned: "12 training rows occur twice",
-        events.RankChanged: "Rank of each site",
+        events.RankChanged: "Ranks while training",
         events.Acted: "accuracy has not risen for 2 evaluations",
         events.Finished: "completed",
     }
@@ -148,7 +148,7 @@ def test_hostile_content_stays_text(tmp_path):
         events.Sampled(row=1, input=EVIL, reference=EVIL, before=EVIL, after=EVIL),
         events.Warned(kind=EVIL, message=EVIL),
         events.Acted(step=1, action=EVIL, reason=EVIL),
-        events.RankChanged(step=1, ranks={EVIL: 3}),
+        events.RankChanged(step=1, rows=EVIL, ranks={EVIL: [3]}, importance={EVIL: [0.5]}, parameters=1, budget=1, residual=0.1),
         events.Evaluated(step=9, metrics={EVIL: 0.5}),
         events.Finished(step=9, reason=EVIL, seconds=1, tokens=1),
         events.Attached(
@@ -178,6 +178,8 @@ def test_hostile_content_stays_text(tmp_path):
     (folder / "metrics.json").write_text(json.dumps(result))
     (folder / "run.yaml").write_text(json.dumps(run_file(1e-3, 8, EVIL) | {EVIL: EVIL, "origins": {EVIL: EVIL}}))
     (folder / "environment.json").write_text(json.dumps({EVIL: EVIL}))
+    group = {"role": EVIL, "shape": [EVIL, 2], "method": 0, "layers": 2, "rho": 0.5, "ranks": [1, EVIL]}
+    save_record(folder, methods=[{"settings": {"method": EVIL}}], groups=[group])
     other = classification_run(tmp_path / "<script>alert(1)<" / "x<b>y")
     for runs in ([folder], [folder, other]):
         html = write_report(runs, tmp_path / "report.html").read_text()

@@ -21,7 +21,9 @@ def test_scalars_are_written_and_read_back(tmp_path):
     losses = [(event.step, pytest.approx(event.loss, rel=1e-6)) for event in happened if type(event).__name__ == "Step"]
     assert [(scalar.step, scalar.value) for scalar in read.Scalars("train/loss")] == losses
     assert len(read.Scalars("eval/accuracy")) == 6 and "train/tokens_per_second" in read.Tags()["scalars"]
-    assert len(read.Scalars("rank/encoder.layer.0.attention.self.query")) == 6
+    changes = [event for event in happened if type(event).__name__ == "RankChanged"]
+    assert [(scalar.step, scalar.value) for scalar in read.Scalars("rank/q")] == [(e.step, sum(e.ranks["q"])) for e in changes]
+    assert len(changes) == 6 and [scalar.value for scalar in read.Scalars("kept/budget")] == [event.budget for event in changes]
 
 
 def test_without_tensorboard_the_error_has_the_install_command(tmp_path, monkeypatch):

@@ -33,6 +33,13 @@ def test_byte_size(value, written):
 
 
 @pytest.mark.parametrize(
+    ("ranks", "written"), [([], DASH), ([4, 4], "4"), ([2, 8, 6, 6], "5.5 (2 to 8)"), ((0, 2000), "1,000 (0 to 2,000)")]
+)
+def test_rank_range(ranks, written):
+    assert text.rank_range(ranks) == written
+
+
+@pytest.mark.parametrize(
     ("seconds", "written"),
     [
         (0.4, "0.4s"),

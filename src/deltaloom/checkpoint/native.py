@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from deltaloom import __version__
-from deltaloom.checkpoint.facts import site_facts
+from deltaloom.checkpoint.depth import group_facts
+from deltaloom.checkpoint.facts import shared_facts, site_facts
 from deltaloom.checkpoint.header import AGAIN, read_header
 from deltaloom.checkpoint.record import (
     RECORD,
     TENSORS,
     BaseRecord,
     DeltaRecord,
+    GroupFacts,
     MethodRecord,
+    SharedFacts,
     SiteFacts,
     TensorsRecord,
     check_hash,
@@ -59,7 +62,8 @@ def save(tuned: Tuned, folder: Path | str, name: str | None = None, *, base: Map
                 raise RefusedError("a delta is merged into the weights", got=tuned.merged, hint="Call `tuned.unmerge()` first.")
             facts["fingerprint"] = fingerprint_of(model)
     return write(tuned.saved(lane), Path(folder), base=base_record(facts), data=data, seed=seed,
-                 sites=site_facts(tuned, lane), replace=replace)
+                 sites=site_facts(tuned, lane), shared=shared_facts(tuned, lane), groups=group_facts(tuned, lane),
+                 replace=replace)
 
 
 def base_record(facts: Mapping[str, Any]) -> BaseRecord:
@@ -75,13 +79,15 @@ def base_record(facts: Mapping[str, Any]) -> BaseRecord:
 
 
 def write(saved: SavedDelta, folder: Path, *, base: BaseRecord, data: Mapping[str, Any] | None = None, seed: int | None = None,
-          sites: list[SiteFacts] | None = None, replace: bool = False) -> int:
-    """Write a delta that is apart from a model; as `save`."""
+          sites: Sequence[SiteFacts] = (), shared: Sequence[SharedFacts] = (), groups: Sequence[GroupFacts] = (),
+          replace: bool = False) -> int:
+    """Write a delta that is apart from a model; as `save`, with what is known of its sites, shared modules and groups."""
     check_finite(saved.state)
     tensors, same = _distinct(saved.state)
     blob = to_bytes(tensors, metadata={"format": "pt"})
     record = DeltaRecord(
-        deltaloom=__version__, base=base, seed=seed, sites=sites or [], data=None if data is None else dict(data),
+        deltaloom=__version__, base=base, seed=seed, sites=list(sites), shared=list(shared), groups=list(groups),
+        data=None if data is None else dict(data),
         methods=[MethodRecord(settings=method_record(part.method), sites=list(part.sites), head=part.is_head)
                  for part in saved.methods],
         tensors=TensorsRecord(bytes=len(blob), sha256=hashlib.sha256(blob).hexdigest(), same=same))

@@ -47,15 +47,35 @@ class MethodRecord(_Part):
 
 
 class SiteFacts(_Part):
-    """What `inspect` shows of one delta."""
+    """What `inspect` shows of one delta. With those of the shared modules the parameters sum up to the delta's."""
 
     site: str
     method: int
     layer: int | None = None
-    parameters: int = 0
+    parameters: int = 0              # its own; a parameter that several sites share is counted at the first one
     rank: int | None = None          # of a low-rank change
     norm: float | None = None        # Frobenius norm of the change of the weight, where there is one
     singular: list[float] | None = None  # singular values of a low-rank change, largest first
+
+
+class SharedFacts(_Part):
+    """A module that several deltas of one method read, by the method's name for it."""
+
+    name: str
+    method: int
+    parameters: int = 0
+
+
+class GroupFacts(_Part):
+    """The layers whose sites have one role and one shape, under one method."""
+
+    role: str
+    shape: tuple[int, int]           # (d_out, d_in)
+    method: int = Field(0, ge=0)
+    layers: int = Field(ge=1)        # how many changes are compared
+    rho: float | None = None         # 1 / layers: the layers' changes are orthogonal to one another; 1: the same up to a factor
+    ranks: list[int] | None = None   # of low-rank changes, from the first layer to the last
+    residual: float | None = None    # largest deviation from orthonormal columns of the factors that are kept orthonormal
 
 
 class TensorsRecord(_Part):
@@ -78,6 +98,8 @@ class DeltaRecord(_Part):
     seed: int | None = None
     tensors: TensorsRecord
     sites: list[SiteFacts] = Field(default_factory=list)
+    shared: list[SharedFacts] = Field(default_factory=list)
+    groups: list[GroupFacts] = Field(default_factory=list)
     data: dict[str, Any] | None = None
 
 

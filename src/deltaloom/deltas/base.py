@@ -70,6 +70,10 @@ class Delta(nn.Module, ABC):
         """A scalar that the loop adds to the loss and reports apart from it; None for none."""
         return None
 
+    def orthogonality(self) -> float | None:
+        """Largest ||X^T X - I||_F / sqrt(r) of the factors X (n, r) that this delta keeps orthonormal; None: it keeps none."""
+        return None
+
 
 class LowRankDelta(Delta, ABC):
     """y + ((x @ down.T) * scale) @ up.T: gives after, fold, export and the fused kernel from its factors."""

@@ -1,4 +1,4 @@
-"""Hand-written SVG charts: lines, bars with intervals, before-and-after, heat map.
+"""Hand-written SVG charts: lines, bars with intervals, before-and-after; heat maps are in `heat`.
 
 They hold no colours: classes `s0`..`s5` and the other class names get theirs from the page's style sheet (light, dark,
 print), and lines also differ by their dashes. Every mark has a hover title; each drawing has a label for screen readers.
@@ -11,15 +11,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from markupsafe import Markup
+
 from deltaloom.report.svg import Point, Scale, canvas, element, scale, shortened, thinned
 from deltaloom.report.text import DASH, figure
 
 SERIES = 6
 _WIDTH, _HEIGHT = 560.0, 250.0
-_WIDE = 860.0  # before-and-after and heat map get a row of their own
+_WIDE = 860.0  # before-and-after gets a row of its own
 _LEFT, _RIGHT, _BOTTOM = 58.0, 14.0, 38.0
 _HOVER_COLUMNS = 100
 _LETTER = 6.6  # average width of a letter at the charts' font size; only legends and labels depend on it
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with its caption; `svg` was escaped by the chart functions."""
+
+    title: str
+    svg: Markup
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,32 +119,6 @@ def before_after(title: str, changes: Sequence[Change], *, form: Callable[[float
     return canvas(_WIDE, height, f"{title}. {said or 'no values'}", "".join(parts))
 
 
-def heatmap(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], *, title: str = "Heat map",
-            column_label: str = "step") -> str:
-    """Cells from pale (the lowest, at most 0) to full colour (the highest); None leaves a cell empty. Wide cells show numbers."""
-    known = [value for row in values for value in row if value is not None]
-    strength = scale(known, 0.0, 1.0, zero=True)
-    left = _label_width(rows)
-    width = (_WIDE - left - 8) / max(1, len(columns))
-    size = 22.0 if len(rows) <= 16 else 14.0 if len(rows) <= 60 else 9.0
-    parts = []
-    for index, (name, row) in enumerate(zip(rows, values, strict=True)):
-        top = size * index + 4
-        if size >= 12 or index % 2 == 0:
-            parts.append(element("text", text=shortened(name, 30), x=left - 8, y=top + size / 2 + 4, text_anchor="end"))
-        for column, value in enumerate(row):
-            if value is not None:
-                parts.append(_cell(f"{name}, {column_label} {columns[column]}: {figure(value)}", value, strength(value),
-                                   (left + width * column, top, width, size)))
-    bottom = size * len(rows) + 20
-    for column in range(0, len(columns), max(1, -(-len(columns) // 8))):
-        parts.append(element("text", text=columns[column], x=left + width * (column + 0.5), y=bottom, text_anchor="middle"))
-    parts.append(element("text", text=column_label, x=_WIDE - 8, y=bottom + 18, text_anchor="end", class_="label"))
-    span = f"values from {figure(min(known))} to {figure(max(known))}" if known else "no values"
-    said = f"{title}: {len(rows)} rows, {len(columns)} columns, {span}"
-    return canvas(_WIDE, bottom + 26, said, "".join(parts))
-
-
 def _legend(series: Sequence[Series]) -> tuple[str, float]:
     """The legend's markup and where the plot begins below it; one curve needs no legend."""
     if len(series) < 2:
@@ -210,16 +195,6 @@ def _change(change: Change, x: Scale, middle: float, left: float, form: Callable
     parts.append(_whisker(change.low, change.high, x, middle))
     parts.append(element("circle", cx=x(change.after), cy=middle, r=6, class_="dot s0"))
     return element("g", "".join(parts), title=said)
-
-
-def _cell(said: str, value: float, strength: float, place: tuple[float, float, float, float]) -> str:
-    left, top, width, height = place
-    drawn = element("rect", x=left + 0.5, y=top + 0.5, width=max(0.5, width - 1), height=height - 1, class_="cell",
-                    fill_opacity=f"{0.07 + 0.93 * strength:.2f}", title=said)
-    if width >= 26 and height >= 14:
-        drawn += element("text", text=figure(value), x=left + width / 2, y=top + height / 2 + 4, text_anchor="middle",
-                         class_="in-dark" if strength > 0.5 else "in-pale")
-    return drawn
 
 
 def _vertical_grid(x: Scale, height: float, form: Callable[[float], str]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaloom.errors import UsageError
+from deltaloom.report.ranks import depth_rows, rank_histories
 from deltaloom.report.reading import (
     TEXT_LIMIT,
     as_count,
@@ -31,7 +32,6 @@ from deltaloom.report.tables import (
     Metric,
     Moment,
     Points,
-    Ranks,
     RunFacts,
     Sample,
     Setting,
@@ -84,7 +84,8 @@ def read_run(folder: Path) -> RunFacts:
         warnings=_cut(_warnings(kinds, result), "warnings", missing),
         samples=_cut(_samples(kinds["Sampled"]), "samples", missing),
         timeline=_cut(_timeline(kinds, records), "actions", missing),
-        ranks=_ranks(kinds["RankChanged"]),
+        ranks=rank_histories(kinds["RankChanged"], missing),
+        depth=depth_rows(folder, missing),
         settings=_settings(run, missing),
         environment=tuple(islice(flattened(environment), _MOST["settings"])),
         missing=tuple(missing),
@@ -291,29 +292,6 @@ def _timeline(kinds: dict[str, list[dict[str, Any]]], records: list[dict[str, An
         elif record["event"] == "Finished":
             moments.append(Moment(step, "ended", as_text(record.get("reason"), 200)))
     return moments
-
-
-def _ranks(records: list[dict[str, Any]]) -> Ranks:
-    changes: dict[int, dict[str, float]] = {}
-    for record in records:
-        step = as_count(record.get("step"))
-        if step is not None:
-            changes.setdefault(step, {}).update(as_numbers(record.get("ranks")))
-    names = sorted({name for ranks in changes.values() for name in ranks}, key=_by_layer)
-    steps = sorted(changes)
-    values = []
-    for name in names:
-        row: list[int | None] = []
-        for step in steps:
-            value = changes[step].get(name)
-            row.append(round(value) if value is not None else row[-1] if row else None)
-        values.append(tuple(row))
-    return Ranks(tuple(names), tuple(steps), tuple(values))
-
-
-def _by_layer(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 10 after layer 9 (a number of any length compares as padded text)."""
-    return [(0, part.zfill(20)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _settings(run: dict[str, Any], missing: list[str]) -> tuple[Setting, ...]:

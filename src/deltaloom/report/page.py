@@ -16,22 +16,13 @@ from deltaloom import __version__
 from deltaloom.errors import ResourceError, UsageError
 from deltaloom.files import write_atomic
 from deltaloom.report import text
-from deltaloom.report.charts import SERIES, Bar, Change, Series, bar_chart, before_after, heatmap, line_chart
+from deltaloom.report.charts import SERIES, Bar, Change, Chart, Series, bar_chart, before_after, line_chart
 from deltaloom.report.compare import compare, run_names
 from deltaloom.report.facts import read_run
-from deltaloom.report.tables import Points, Ranks, RunFacts
+from deltaloom.report.rankview import RankView, rank_views
+from deltaloom.report.tables import Points, RunFacts
 
 _LOG_RATIO = 30.0  # a loss that falls further than this is easier to read on a logarithmic axis
-_MOST_RANK_ROWS, _MOST_RANK_COLUMNS = 120, 60
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing with its caption; `svg` was escaped by the chart functions."""
-
-    title: str
-    svg: Markup
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,7 @@ class RunView:
     changes: Chart | None
     classes: Chart | None
     labels: Chart | None
-    ranks: Chart | None
+    ranks: list[RankView]
     has_data: bool
     sections: list[tuple[str, bool]]
 
@@ -77,7 +68,8 @@ def render(runs: Sequence[RunFacts], names: Sequence[str]) -> str:
     template = files("deltaloom.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"count": text.count, "figure": text.figure, "measured": text.measured, "quantity": text.quantity,
-                            "signed": text.signed, "share": text.share, "bytes": text.byte_size, "duration": text.duration}
+                            "signed": text.signed, "share": text.share, "bytes": text.byte_size, "duration": text.duration,
+                            "ranks": text.rank_range}
     several = len(runs) > 1
     views = [_view(run, name, f"run{index}-" if several else "")
              for index, (run, name) in enumerate(zip(runs, names, strict=True))]
@@ -100,10 +92,10 @@ def _view(run: RunFacts, name: str, prefix: str) -> RunView:
     has_data = any((data.format, data.rows is not None, data.labels, data.lengths, data.others, data.first_rows))
     return RunView(
         facts=run, name=name, prefix=prefix, steps=f"{loss[-1][0]:,.0f} steps; " if loss else "", charts=charts,
-        changes=_changes(run), classes=_classes(run), labels=_labels(run), ranks=_ranks(run.ranks), has_data=has_data,
+        changes=_changes(run), classes=_classes(run), labels=_labels(run), ranks=rank_views(run.ranks), has_data=has_data,
         sections=[("Results", bool(run.metrics)), ("Curves", bool(charts)), ("Samples", bool(run.samples)),
-                  ("Warnings", bool(run.warnings)), ("Sites", bool(run.sites)), ("Ranks", bool(run.ranks.names)),
-                  ("Data", has_data), ("Timeline", bool(run.timeline)), ("Settings", bool(run.settings)),
+                  ("Warnings", bool(run.warnings)), ("Sites", bool(run.sites)), ("Ranks", bool(run.ranks)),
+                  ("Depth", bool(run.depth)), ("Data", has_data), ("Timeline", bool(run.timeline)), ("Settings", bool(run.settings)),
                   ("Environment", bool(run.environment))])
 
 
@@ -198,22 +190,3 @@ def _labels(run: RunFacts) -> Chart | None:
     rest = sum(number for _, number, _ in ordered[40:])
     note = f"the {len(bars)} most frequent of {len(ordered)}; {rest:,} rows have others" if len(ordered) > 40 else ""
     return Chart("Training rows of each label", Markup(bar_chart("Training rows of each label", bars, form=text.count)), note)
-
-
-def _ranks(ranks: Ranks) -> Chart | None:
-    """The heat map, with at most 120 rows and 60 columns; what is left out is said."""
-    if not ranks.names:
-        return None
-    most = max(1, len(ranks.steps))
-    columns = [index * most // min(most, _MOST_RANK_COLUMNS) for index in range(min(most, _MOST_RANK_COLUMNS))]
-    if columns and len(ranks.steps) > 1:
-        columns[-1] = len(ranks.steps) - 1
-    names = ranks.names[:_MOST_RANK_ROWS]
-    values = [[row[column] for column in columns] for row in ranks.values[:_MOST_RANK_ROWS]]
-    left_out = []
-    if len(names) < len(ranks.names):
-        left_out.append(f"{len(names)} of {len(ranks.names)} sites")
-    if len(columns) < len(ranks.steps):
-        left_out.append(f"{len(columns)} of {len(ranks.steps)} changes")
-    drawn = heatmap(names, [f"{ranks.steps[column]:,}" for column in columns], values, title="Ranks over time")
-    return Chart("Rank of each site", Markup(drawn), ", ".join(left_out))

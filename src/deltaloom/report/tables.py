@@ -120,12 +120,46 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Ranks over time: `values[site][change]`, None before a site's first change."""
+class RankGroup:
+    """A group of layers while a controller changed its ranks: `ranks[change][row]`, `importance[change][row]`; None: unknown."""
 
-    names: tuple[str, ...] = ()
-    steps: tuple[int, ...] = ()
-    values: tuple[tuple[int | None, ...], ...] = ()
+    name: str
+    ranks: tuple[tuple[int | None, ...], ...]
+    importance: tuple[tuple[float | None, ...], ...]
+
+    @property
+    def totals(self) -> tuple[int | None, int | None]:
+        """The sum of the rows' ranks at the first and at the last change that knows any."""
+        sums = [sum(rank for rank in row if rank is not None) for row in self.ranks if any(rank is not None for rank in row)]
+        return (sums[0], sums[-1]) if sums else (None, None)
+
+
+@dataclass(frozen=True)
+class RankHistory:
+    """What one controller decided: its groups at each of `steps`, and what it kept of what was allowed, in parameters.
+
+    `rows`: what a row of a group is (layer, frequency); `residual`: of the factors that are kept orthonormal.
+    """
+
+    rows: str
+    steps: tuple[int, ...]
+    groups: tuple[RankGroup, ...]
+    parameters: Points = ()
+    budget: Points = ()
+    residual: Points = ()
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """How much the changes of a group of layers resemble one another, from the saved delta's record."""
+
+    method: str
+    role: str
+    shape: str
+    layers: int
+    ranks: tuple[int, ...]
+    rho: float | None
+    residual: float | None
 
 
 @dataclass(frozen=True)
@@ -181,7 +215,8 @@ class RunFacts:
     warnings: tuple[WarningRow, ...]
     samples: tuple[Sample, ...]
     timeline: tuple[Moment, ...]
-    ranks: Ranks
+    ranks: tuple[RankHistory, ...]
+    depth: tuple[DepthRow, ...]
     settings: tuple[Setting, ...]
     environment: tuple[tuple[str, str], ...]
     missing: tuple[str, ...]

@@ -13,7 +13,7 @@ _STEP_SCALARS = ("loss", "penalty", "learning_rate", "gradient_norm", "padding",
 
 
 class TensorBoard:
-    """Writes `train/...`, `eval/...` and `rank/...` scalars into `folder`.
+    """Writes `train/...`, `eval/...`, `rank/...` (a group's total rank) and `kept/...` scalars into `folder`.
 
     Uses tensorboard's own writer, not torch's, so that the report stays free of torch.
 
@@ -50,7 +50,9 @@ class TensorBoard:
         elif isinstance(event, events.Evaluated):
             self._write(event.step, event.time, {f"eval/{name}": value for name, value in event.metrics.items()})
         elif isinstance(event, events.RankChanged):
-            self._write(event.step, event.time, {f"rank/{name}": value for name, value in event.ranks.items()})
+            scalars = {f"rank/{name}": float(sum(ranks)) for name, ranks in event.ranks.items()}
+            scalars |= {"kept/parameters": event.parameters, "kept/budget": event.budget, "kept/residual": event.residual}
+            self._write(event.step, event.time, scalars)
 
     def close(self) -> None:
         """Write everything out; may be called several times."""

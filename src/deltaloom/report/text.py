@@ -63,6 +63,14 @@ def share(value: float | None) -> str:
     return DASH if value is None or _unusable(value) else f"{100 * value:.3g}%"
 
 
+def rank_range(ranks: Sequence[int]) -> str:
+    """The mean of some ranks, with the lowest and the highest where they differ: 5.5 (2 to 8)."""
+    if not ranks:
+        return DASH
+    low, high = min(ranks), max(ranks)
+    return figure(sum(ranks) / len(ranks)) + (f" ({low:,} to {high:,})" if low < high else "")
+
+
 def byte_size(value: float | None) -> str:
     """Bytes in powers of 1000: 2.4 MB."""
     if value is None or _unusable(value):
