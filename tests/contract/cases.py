@@ -24,7 +24,10 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"placement": "parallel", "size": 4, "scale": "learned"},
     ],
     "dora": [{"rank": 4}],
+    "fact-tk": [{"rank": 4, "scale": 3.0}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
+    "fact-tt": [{"rank": 4, "scale": 3.0}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
     "lora": [{"rank": 4}, {"rank": 4, "targets": ("q", "k", "v", "down")}],
+    "lotr": [{"rank": 4}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
     "prefix": [{"length": 3}],
     "prompt": [{"length": 3}],
 }
