@@ -112,6 +112,8 @@ def test_targets_that_reach_no_stack(target):
 def test_a_stack_and_a_layer_of_one_name_are_both_reached():
     both = find_sites(stacked("llama4"), "down_proj", ["linear", "stack"])
     assert {site.kind for site in both} == {"linear", "stack"}
+    model = nn.ModuleDict({"a": nn.ModuleDict({"mixer": nn.Linear(2, 3)}), "b": nn.ModuleDict({"mixer": nn.Conv1d(2, 3, 1)})})
+    assert names(find_sites(model, "mixer", ["linear", "stack"])) == ["a.mixer", "b.mixer.weight"]
 
 
 def test_layers_choose_blocks():
@@ -126,8 +128,9 @@ def test_methods_without_stacks_have_the_sites_that_they_had(layout):
     full = Full().sites(model)
     stacks = {site.path for site in stack_sites(model)}
     assert stacks <= {site.path for site in full if site.kind == "tensors"}
-    assert {f"{site.path}.{name}" for site in full for name, _ in model.get_submodule(site.path).named_parameters(recurse=False)} \
-        == {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    reached = {f"{site.path}.{name}" for site in full
+               for name, _ in model.get_submodule(site.path).named_parameters(recurse=False)}
+    assert reached == {name for name, _ in model.named_parameters(remove_duplicate=False)}
     assert all(site.name == site.path and site.kind != "stack" for site in full)
     if layout not in ("own", "resnet"):
         assert stacks.isdisjoint(site.path for site in LoRA(targets="all").sites(model))
@@ -215,7 +218,7 @@ def test_matrices_that_do_not_fit_are_refused(seen):
 def test_a_vector_needs_matrices():
     layer_type = fresh(6)
     register_site(layer_type, "core")
-    with pytest.raises(TargetError, match="no matrix.*`matrices`"):
+    with pytest.raises(TargetError, match=r"no matrix.*`matrices`"):
         one(layer_type)
     other = fresh(6)
     register_site(other, "core", matrices=lambda shape: (1, 2, 3))
