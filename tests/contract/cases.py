@@ -18,6 +18,7 @@ PACKAGE = "deltaloom.deltas"
 
 # Settings to run a method with, each a case of its own. A method without an entry runs with its defaults.
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "adalora": [{"rank": 2, "reserve": 2}],
     "bottleneck": [
         {"placement": "houlsby", "size": 4, "activation": "gelu"},
         {"placement": "pfeiffer", "size": 4, "activation": "silu"},
@@ -30,6 +31,9 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "lotr": [{"rank": 4}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
     "prefix": [{"length": 3}],
     "prompt": [{"length": 3}],
+    "tsvd": [{"rank": 2, "transform": "identity"}, {"rank": 2, "transform": "haar", "targets": ("q", "k", "v", "down")},
+             {"rank": 1, "transform": "frame"}, {"rank": 2, "transform": "learned"}, {"rank": 2, "preset": "literal"}],
+    "tucker1": [{"rank": 2}, {"rank": 3, "basis": "random", "targets": ("q", "k", "v", "down")}],
 }
 
 # Reasons why a call with different deltas row by row is refused.

@@ -203,7 +203,8 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
     Raises:
         RefusedError: NaN or infinite values, or parameters whose values are elsewhere, by their names.
     """
-    gone = [key for key, tensor in state.items() if tensor.shape == (0,)]  # what ZeRO-3 leaves of a parameter between its uses
+    # what ZeRO-3 leaves of a parameter between its uses; masks may be empty
+    gone = [key for key, tensor in state.items() if tensor.is_floating_point() and tensor.shape == (0,)]
     if gone:
         raise RefusedError("tensors of the delta are empty, so that it is not saved", problems=gone[:20],
                            hint="Where training is spread over processes, gather the parameters before saving.")

@@ -10,7 +10,7 @@ Overrides come first, whatever their position: they replace the layer's own tens
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from deltaloom.errors import RefusedError, SettingsError, did_you_mean
+from deltaloom.events import Emitter
 from deltaloom.registry import class_named, names_in
 from deltaloom.settings import Settings
 from deltaloom.sites import Kind, Site, affine_weight, find_sites, stack_matrices
@@ -174,11 +175,44 @@ class PeftReading:
     used: frozenset[str]
 
 
+KeepRows = Callable[[nn.Parameter, Tensor], nn.Parameter]
+
+
+def keep_rows(parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
+    """A new parameter of some rows of another, with their gradient.
+
+    A new one, because autograd remembers the shape of the old one as long as any earlier loss is alive.
+    """
+    kept = nn.Parameter(parameter.data[rows].contiguous(), requires_grad=parameter.requires_grad)
+    kept.grad = None if parameter.grad is None else parameter.grad[rows].contiguous()
+    return kept
+
+
 @dataclass(frozen=True)
 class StepPlan:
-    """What a controller knows of the run: its number of optimizer steps."""
+    """What a controller knows of the run, and what it may use of it."""
 
-    total_steps: int
+    total_steps: int                     # optimizer steps
+    emit: Emitter = field(default_factory=Emitter)
+    keep_rows: KeepRows | None = None    # as `keep_rows`, the optimizer taking the new parameter in the old one's place; without
+                                         # it nothing is removed before the end
+
+
+class WarmUp(ABC):
+    """Initial values from the gradients of a few batches: before the first step, the untouched deltas see them pass.
+
+    The run calls `observe` for every site in every batch, without changing anything, and then `finish` once.
+    """
+
+    batches: int
+
+    @abstractmethod
+    def observe(self, site: Site, x: Tensor, gradient: Tensor) -> None:
+        """The layer's input (n, d_in) and the loss gradient with respect to its output (n, d_out), in float32."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Set the initial values."""
 
 
 class Controller(ABC):
@@ -242,6 +276,10 @@ class Method(Settings, ABC):
         """What changes these deltas while training; None for methods that stay as they are."""
         return None
 
+    def warm_up(self, attachment: Attachment) -> WarmUp | None:
+        """What these deltas want to see before the first step of a new run; None for methods that start as they are."""
+        return None
+
     def fit(self, attachment: Attachment, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Make newly attached deltas fit saved tensors, whose shapes `shapes` holds by `site name:tensor name`.
 
@@ -265,6 +303,11 @@ class Method(Settings, ABC):
             RefusedError: a field changes the meaning in a way that this method does not have.
         """
         return None
+
+
+def shapes_at(shapes: Mapping[str, tuple[int, ...]], place: str) -> dict[str, tuple[int, ...]]:
+    """The shapes whose names begin with `place`, by the rest of their names: of one module, for `Method.fit`."""
+    return {name.removeprefix(place): shape for name, shape in shapes.items() if name.startswith(place)}
 
 
 def method_from(record: dict[str, Any], where: str = "deltas") -> Method:

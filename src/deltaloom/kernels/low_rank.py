@@ -65,11 +65,15 @@ class _LowRankLinear(torch.autograd.Function):
         back = g @ up_x                                            # (rows, r)
         needs = ctx.needs_input_grad
         grad_down = (back.T @ rows).to(down.dtype).mul_(scale[:, None]) if needs[1] else None
-        grad_scale = None
+        # The product with x is made again, which is cheaper than keeping it; where the scale trains it is wanted without the
+        # scale (which may be 0), and then serves both.
+        grad_scale = grad_up = None
         if needs[2]:
-            grad_scale = (back * (rows @ down.to(back.dtype).T)).sum(0, dtype=scale.dtype)
-        # rows @ scaled.T is made again: cheaper than keeping it
-        grad_up = (g.T @ (rows @ scaled.T)).to(up.dtype) if needs[3] else None
+            low = rows @ down.to(back.dtype).T
+            grad_scale = (back * low).sum(0, dtype=scale.dtype)
+            grad_up = (g.T @ low).to(up.dtype).mul_(scale) if needs[3] else None
+        elif needs[3]:
+            grad_up = (g.T @ (rows @ scaled.T)).to(up.dtype)
         grad_x = None
         if needs[0]:
             grad_x = ctx.affine.product_transposed(g)

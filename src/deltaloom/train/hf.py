@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from deltaloom.errors import CheckpointError, DeltaloomError, SettingsError
 from deltaloom.events import Emitter, Event, Warned
 from deltaloom.train.checkpoints import read_checkpoint, write_checkpoint
 from deltaloom.train.guards import FirstSteps
-from deltaloom.train.optimizer import clip_gradients, gradient_norm
+from deltaloom.train.optimizer import clip_gradients, gradient_norm, row_keeper
+from deltaloom.train.warmup import warm_up
 from deltaloom.tuned import Tuned
 
 FOLDER = "deltaloom"  # inside the Trainer's checkpoint folders
@@ -52,7 +53,10 @@ class _Callback(TrainerCallback):
         tuned.register_load_state_dict_post_hook(_miss_deltas_only)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        self.controllers = self.tuned.controllers(StepPlan(state.max_steps))
+        if not state.global_step:
+            self._warm_up(others.get("train_dataloader"))
+        keeper = row_keeper(others["optimizer"], self._look_again) if "optimizer" in others else None
+        self.controllers = self.tuned.controllers(StepPlan(state.max_steps, self.emit, keeper))
         self.parameters = self.tuned.delta_parameters()
         self.first, self.called = FirstSteps(self.tuned, self.parameters, self.emit), 0
         acts = bool(self.controllers) or self.tuned.penalty().requires_grad
@@ -67,6 +71,18 @@ class _Callback(TrainerCallback):
         if self.controllers and state.global_step:
             self._take_controllers(_folder(args, state))
 
+    def _warm_up(self, batches: Iterable[Any] | None) -> None:
+        """Initial values from gradients, where a method wants them, of the Trainer's own first batches."""
+        def loss(batch: Mapping[str, Any]) -> Tensor:
+            device = self.tuned.device
+            return self.tuned(**{key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}).loss
+
+        if self.tuned.warm_ups():
+            warm_up(self.tuned, batches or (), loss, self.emit)
+
+    def _look_again(self) -> None:
+        self.parameters = {}
+
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         penalty = self.tuned.penalty()
         if penalty.requires_grad:
@@ -76,6 +92,7 @@ class _Callback(TrainerCallback):
         for controller in self.controllers:
             controller.after_backward(state.global_step + 1)
         if self.clip is not None:
+            self.parameters = self.parameters or self.tuned.delta_parameters()
             parameters = list(self.parameters.values())
             clip_gradients(parameters, self.clip, gradient_norm(parameters))
 

@@ -12,9 +12,11 @@ checkpoint holds, so a run that was stopped anywhere and resumed gives bit for b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
+from torch import Tensor
 
 from deltaloom.deltas.base import StepPlan
 from deltaloom.errors import DataError, RefusedError, SettingsError
@@ -25,13 +27,14 @@ from deltaloom.train.feed import Feed
 from deltaloom.train.guards import FirstSteps, Meter
 from deltaloom.train.memory import PeakMemory
 from deltaloom.train.modes import faster_dropout, gradient_checkpointing, training_mode
-from deltaloom.train.optimizer import load_optimizer_state, make_optimizer
+from deltaloom.train.optimizer import load_optimizer_state, make_optimizer, row_keeper
 from deltaloom.train.progress import Goal, Progress, planned_steps
 from deltaloom.train.resume import check_same, resumed_progress
 from deltaloom.train.run import Evaluate, Learner, Run, TrainResult
 from deltaloom.train.settings import TrainSettings
 from deltaloom.train.signals import StopRequest, polite_stop
 from deltaloom.train.state import seed_everything, set_random_states
+from deltaloom.train.warmup import warm_up
 from deltaloom.tuned import Tuned
 
 LOSS = Goal("loss", higher=False)
@@ -74,6 +77,8 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
                          folder=folder, log=log, identity=dict(identity or {}))
         if resume is not None:
             _take(run, resume)
+        else:
+            _warm_up(run)
         trainable = sum(parameter.numel() for parameter in run.parameters.values())
         emit(Started(step=progress.step, total_steps=progress.total_steps, trainable_parameters=trainable,
                      total_parameters=sum(parameter.numel() for parameter in tuned.parameters())))
@@ -131,10 +136,23 @@ def _assembled(tuned: Tuned, task: Learner, feed: Feed, settings: TrainSettings,
     parameters = tuned.delta_parameters()
     optimizer = make_optimizer(parameters, settings)
     every = settings.log_every or (1 if tuned.device.type == "cpu" else 10)
-    return Run(tuned=tuned, task=task, feed=feed, settings=settings, emit=emit, progress=progress, optimizer=optimizer,
-               controllers=tuned.controllers(StepPlan(progress.total_steps)), meter=Meter(emit, every, feed.place, floor_rate),
+    run = Run(tuned=tuned, task=task, feed=feed, settings=settings, emit=emit, progress=progress, optimizer=optimizer,
+               controllers=[], meter=Meter(emit, every, feed.place, floor_rate),
                first=FirstSteps(tuned, parameters, emit), memory=memory, evaluate=evaluate, goal=goal, folder=folder, log=log,
                identity=identity, parameters=parameters)
+    run.controllers = tuned.controllers(StepPlan(progress.total_steps, emit, row_keeper(optimizer, run.look_again)))
+    return run
+
+
+def _warm_up(run: Run) -> None:
+    """Initial values from gradients, where a method wants them: of the first batches of the first epoch."""
+    tuned, feed = run.tuned, run.feed
+
+    def loss(indices: Sequence[int]) -> Tensor:
+        total, count = run.task.loss(tuned, feed.batch(indices, tuned.device))
+        return total / count
+
+    warm_up(tuned, (indices for micro in feed.steps(0) for indices in micro), loss, run.emit)
 
 
 def _take(run: Run, resume: Checkpoint) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from deltaloom.deltas.base import KeepRows, keep_rows
 from deltaloom.errors import CheckpointError, RefusedError
 from deltaloom.train.settings import TrainSettings
 
@@ -72,6 +73,23 @@ def load_optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Param
     for name, values in state.items():
         parameter = parameters[name]
         optimizer.state[parameter] = {key: _placed(value, parameter) for key, value in values.items()}
+
+
+def row_keeper(optimizer: Optimizer, changed: Callable[[], None] = lambda: None) -> KeepRows:
+    """Replaces a parameter by one of some of its rows, in the optimizer too, with what that holds of these rows."""
+
+    def keep(parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        kept = keep_rows(parameter, rows)
+        for group in optimizer.param_groups:
+            group["params"] = [kept if own is parameter else own for own in group["params"]]
+        if parameter in optimizer.state:
+            held = optimizer.state.pop(parameter)
+            optimizer.state[kept] = {key: value[rows].contiguous() if isinstance(value, Tensor) and value.ndim
+                                     and value.shape == parameter.shape else value for key, value in held.items()}
+        changed()
+        return kept
+
+    return keep
 
 
 def _placed(value: Any, parameter: nn.Parameter) -> Any:

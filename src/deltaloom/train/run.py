@@ -91,6 +91,10 @@ class Run:
         """Where the model is."""
         return self.tuned.device
 
+    def look_again(self) -> None:
+        """Take in that parameters were replaced: a controller removed what it had masked."""
+        self.parameters = {}
+
     # ---- one optimizer step ---------------------------------------------------------------------------------------
 
     def step(self) -> None:
@@ -127,6 +131,8 @@ class Run:
         self.optimizer.step()
         for controller in self.controllers:
             controller.after_step(step)
+        if not self.parameters:
+            self.parameters = self.tuned.delta_parameters()
         self.optimizer.zero_grad()
         self.first.after_step()
         progress.step, progress.index, progress.tokens = step, progress.index + 1, progress.tokens + tokens

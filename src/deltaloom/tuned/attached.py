@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,6 +33,14 @@ def state_of(made: Sequence[Attached]) -> dict[str, Tensor]:
     """All tensors of a lane by `method index:site:name`; detached, not copied."""
     return {f"{index}:{place}:{key}": tensor.detach() for index, attached in enumerate(made)
             for place, module in attached.named_deltas() for key, tensor in module.state_dict().items()}
+
+
+def fit_to(made: Sequence[Attached], state: Mapping[str, Tensor]) -> None:
+    """Let methods whose tensors change their sizes in training have the sizes of saved ones; values are still to be loaded."""
+    for index, attached in enumerate(made):
+        prefix = f"{index}:"
+        attached.method.fit(attached.attachment, {key.removeprefix(prefix): tuple(tensor.shape) for key, tensor in state.items()
+                                                  if key.startswith(prefix)})
 
 
 def replaced_tensors(made: Sequence[Attached]) -> list[tuple[str, str]]:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaloom.deltas.base import AttachContext, Controller, Delta, InputDelta, Method, PrefixDelta, StepPlan
+from deltaloom.deltas.base import AttachContext, Controller, Delta, InputDelta, Method, PrefixDelta, StepPlan, WarmUp
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError, did_you_mean
 from deltaloom.sites import Site, output_layer
 from deltaloom.tuned.adapted import Adapted, Routing, Tap, lanes_of, replace_module, wrappers
-from deltaloom.tuned.attached import Attached, check_together, refuse_reentrant, replaced_tensors, state_of
+from deltaloom.tuned.attached import Attached, check_together, fit_to, refuse_reentrant, replaced_tensors, state_of
 from deltaloom.tuned.merging import Merged, MergeFacts, merge, unmerge
 from deltaloom.tuned.prefixes import has_prefixes, install_prefix, uninstall_prefix
 from deltaloom.tuned.prompts import insert_prompt, strip_prompt
@@ -79,8 +79,8 @@ class Tuned(nn.Module):
         self._check_new(name)
         with self.bare() as model:
             context = AttachContext(model, fixed=self._fixed(), loading=True)
-            made = [Attached(part.method, attach_saved(part, context, saved.state, index), part.is_head)
-                    for index, part in enumerate(saved.methods)]
+            made = [Attached(part.method, attach_saved(part, context), part.is_head) for part in saved.methods]
+        fit_to(made, saved.state)
         problems = misfits(state_of(made), saved.state)
         if problems:
             raise CheckpointError("the saved delta does not fit this model", problems=problems[:20])
@@ -313,6 +313,11 @@ class Tuned(nn.Module):
         terms = [term for term in found if term is not None]
         return torch.stack(terms).sum() if terms else torch.zeros((), device=self.device)
 
+    def warm_ups(self, name: str | None = None) -> list[WarmUp]:
+        """What a lane's methods want to see before the first step of a new run."""
+        made = [attached.method.warm_up(attached.attachment) for attached in self.attached(name)]
+        return [warm_up for warm_up in made if warm_up is not None]
+
     def controllers(self, plan: StepPlan, name: str | None = None) -> list[Controller]:
         """New controllers for a lane's methods, for a run of that many steps."""
         made = [attached.method.controller(attached.attachment, plan) for attached in self.attached(name)]
@@ -331,18 +336,25 @@ class Tuned(nn.Module):
         return SavedDelta(tuple(parts), self.delta_state(name))
 
     def load_delta_state(self, state: Mapping[str, Tensor], name: str | None = None) -> None:
-        """Take back what `delta_state` gave; nothing is changed unless every name and shape fits.
+        """Take back what `delta_state` gave, also from a time when adaptive ranks were others.
+
+        No value is changed unless every name and shape fits.
 
         Raises:
             CheckpointError: missing, unexpected or differently shaped tensors, all of them listed.
         """
-        own = self.delta_state(name)
-        problems = misfits(own, state)
+        before = {key: tensor.clone() for key, tensor in self.delta_state(name).items()}
+        fit_to(self.attached(name), state)
+        problems = misfits(self.delta_state(name), state)
         if problems:
-            raise CheckpointError("the saved delta does not fit the attached one", problems=problems[:20])
+            fit_to(self.attached(name), before)
+            state = before
+        own = self.delta_state(name)
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(state[key])
+        if problems:
+            raise CheckpointError("the saved delta does not fit the attached one", problems=problems[:20])
 
     # ---- merging --------------------------------------------------------------------------------------------------
 

@@ -29,8 +29,8 @@ class SavedDelta:
     state: Mapping[str, Tensor]
 
 
-def attach_saved(saved: SavedMethod, context: AttachContext, state: Mapping[str, Tensor], index: int) -> Attachment:
-    """The deltas of one method at its sites, of the sizes that the saved tensors have; their values are still to be loaded.
+def attach_saved(saved: SavedMethod, context: AttachContext) -> Attachment:
+    """The deltas of one method at its sites; sizes and values are still to be taken from the saved tensors.
 
     Raises:
         CheckpointError: sites that the model does not have.
@@ -42,11 +42,7 @@ def attach_saved(saved: SavedMethod, context: AttachContext, state: Mapping[str,
                               hint="The delta belongs to another base, or was made for another task.")
     # a method may add deltas at places that are no targets of its own: it will do so again
     sites = [known[name] for name in saved.sites if known[name].kind in saved.method.kinds]
-    attachment = saved.method.attach(sites, context)
-    prefix = f"{index}:"
-    saved.method.fit(attachment, {key.removeprefix(prefix): tuple(tensor.shape) for key, tensor in state.items()
-                                  if key.startswith(prefix)})
-    return attachment
+    return saved.method.attach(sites, context)
 
 
 def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:

@@ -1,0 +1,277 @@
+"""What the methods whose rank is decided while training share: settings, and the controller that decides.
+
+A method gives the controller `Pool`s of components (rank-one terms, private rows: `Terms`). After every optimizer step the
+controller notes the importance of all their numbers; at the decisions of the schedule a rule says which components stay, the
+others are silenced, and may come back at a later decision; after the last one they are removed from memory.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from deltaloom.allocation import RULES, Importance, Schedule, Scores, keep_within
+from deltaloom.deltas.base import Controller, KeepRows, Method, StepPlan, keep_rows
+from deltaloom.errors import DeltaloomError, SettingsError
+from deltaloom.events import RankChanged, Warned
+from deltaloom.sites import Site
+
+
+class AdaptiveMethod(Method, ABC):
+    """A method whose rank is decided while training."""
+
+    rank: float = Field(8.0, gt=0)
+    """Mean final rank of a layer: what the budget at the end allows, in the numbers that a low-rank change of it has."""
+    reserve: float = Field(1.5, ge=1)
+    """How many times the final rank training starts with: what ranks may grow into."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the layer's inputs that the change does not see in training."""
+    start: float = Field(0.1, ge=0, lt=1)
+    """Share of the run before ranks are decided for the first time."""
+    end: float = Field(0.4, ge=0, lt=1)
+    """Share of the run after the last decision, with fixed ranks."""
+    every: int | None = Field(None, ge=1)
+    """Optimizer steps between decisions; a two-hundredth of the run, and at least 10, if not given."""
+    importance: Literal["weight-gradient", "gradient"] = "weight-gradient"
+    """What smoothness and uncertainty are taken of: |w g| of each number and its gradient, or |g|."""
+    beta1: float = Field(0.85, ge=0, lt=1)
+    """Weight of the past in the smoothness."""
+    beta2: float = Field(0.85, ge=0, lt=1)
+    """Weight of the past in the uncertainty."""
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.start + self.end >= 1:
+            raise ValueError(f"start {self.start} and end {self.end} leave no part of the run to decide ranks in; "
+                             "their sum must be below 1")
+        return self
+
+    def initial_rank(self) -> int:
+        """The rank that training starts with, at least 1."""
+        return max(1, math.ceil(self.rank * self.reserve - 1e-9))
+
+    def check_ranks(self, sites: Sequence[Site], needed: int) -> None:
+        """That every site can have a rank.
+
+        Raises:
+            SettingsError: sites whose smaller side is below it.
+        """
+        small = [f"{site.name} ({site.d_out} x {site.d_in})" for site in sites if min(site.d_out, site.d_in) < needed]
+        if small:
+            raise SettingsError(f"{self.name}: the initial rank is more than these layers can have",
+                                got=f"rank {self.rank:g} x reserve {self.reserve:g} = {needed}", problems=small[:20],
+                                hint="Lower rank or reserve, or leave these layers out of the targets.")
+
+
+class Terms(Protocol):
+    """Components of one place: parameters whose rows belong to them, and what can be done with them."""
+
+    mask: Tensor  # (E,) bool: which stay
+
+    def parts(self) -> list[tuple[nn.Parameter, Tensor | None]]:
+        """Parameters with, for each of their rows, the component it belongs to; None: row e belongs to component e."""
+
+    def silent(self) -> nn.Parameter:
+        """The parameter (E, ...) whose row e makes component e do nothing when it is zero."""
+
+    def numbers(self) -> Tensor:
+        """(E,) float64: how many trained numbers each component has."""
+
+    def keep(self, components: Tensor, keep_rows: KeepRows) -> None:
+        """Remove all components but these."""
+
+    def orthonormalise(self, strength: float) -> None:
+        """A step towards orthonormal vectors."""
+
+    def residual(self) -> float:
+        """How far the vectors are from orthonormal ones; 0 where they need not be."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Terms, and how they are counted and shown."""
+
+    terms: Terms
+    group: str
+    row: Callable[[], Tensor]       # (E,): the layer or frequency that each component is shown with
+    costs: Callable[[], Tensor] | None = None  # (E,): what each takes of the budget; None: its trained numbers
+    tube: Callable[[], Tensor] | None = None  # (E,): components of one number are kept or dropped together
+    weight: Callable[[], Tensor] | None = None  # (E,): how often each counts within its tube
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a controller decides."""
+
+    rule: str
+    importance: str
+    beta1: float
+    beta2: float
+    schedule: Schedule
+    target: float        # cost at the end
+    row_name: str        # "layer" or "frequency"
+
+
+class RankController(Controller):
+    """Decides ranks by importance (with a policy), and keeps vectors orthonormal (with a strength above 0)."""
+
+    def __init__(self, pools: Sequence[Pool], policy: Policy | None, plan: StepPlan, orthonormal: float = 0.0) -> None:
+        self.pools = list(pools)
+        self.policy = policy
+        self.plan = plan
+        self.orthonormal = orthonormal
+        self.step = 0
+        self.decisions = 0
+        self.compact = False
+        self.initial = float(self._costs().sum())
+        self.previous = torch.zeros(len(self._costs()), dtype=torch.float64)
+        self.importance: Importance | None = None
+        if policy is not None:
+            if policy.target > self.initial * (1 + 1e-9):
+                raise SettingsError("the budget is more than what training starts with", got=f"{policy.target:.0f}",
+                                    legal=f"at most {self.initial:.0f}", hint="Raise reserve, or lower rank.")
+            self.importance = self._importance(policy)
+
+    def after_step(self, step: int) -> None:
+        """Note importance, decide when it is time, keep vectors orthonormal."""
+        self.step = step
+        policy = self.policy
+        if policy is not None and not self.compact:
+            if step < policy.schedule.last and self.importance is not None:
+                self.importance.observe()
+            if policy.schedule.due(step):
+                self._decide(step, policy)
+            if step >= policy.schedule.last:
+                self._silence()
+                if self.plan.keep_rows is not None:
+                    self._remove(self.plan.keep_rows)
+        if self.orthonormal:
+            for pool in self.pools:
+                pool.terms.orthonormalise(self.orthonormal)
+
+    def finish(self) -> None:
+        """Remove what is masked.
+
+        Raises:
+            DeltaloomError: the whole run has passed without a decision.
+        """
+        if self.policy is None or self.compact:
+            return
+        if self.step >= self.plan.total_steps and not self.decisions:
+            raise DeltaloomError("ranks were never decided", got=f"{self.step} steps",
+                                 hint="Call the controllers' after_backward and after_step around every optimizer step.")
+        self._silence()
+        self._remove(keep_rows)
+        kept = float(self._costs().sum())
+        if kept > self.policy.target * (1 + 1e-9):
+            self.plan.emit(Warned(kind="budget", message=f"training ended before the last decision on ranks: {kept:.0f} of the "
+                                  f"budget's unit are kept instead of {self.policy.target:.0f}"))
+
+    # ---- deciding -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _decide(self, step: int, policy: Policy) -> None:
+        scores, costs, unit, weight = self._scores(), self._costs(), self._units(), self._weights()
+        count = int(unit.max()) + 1
+        now, before, cost = (torch.zeros(count, dtype=torch.float64).index_add_(0, unit, values)
+                             for values in (scores * weight, self.previous * weight, costs))
+        allowed = policy.schedule.budget(step, self.initial, policy.target)
+        priority, most = RULES[policy.rule](Scores(now, before, cost, allowed, policy.target))
+        kept = keep_within(priority, cost, most)[unit]
+        self.previous = scores
+        self.decisions += 1
+        for pool, mask in zip(self.pools, kept.split(self._sizes()), strict=True):
+            pool.terms.mask.copy_(mask)
+        self._silence()
+        self._tell(step, scores, kept, allowed / float(costs.sum()), policy.row_name)
+
+    @torch.no_grad()
+    def _silence(self) -> None:
+        """Make masked components do nothing."""
+        for pool in self.pools:
+            silent = pool.terms.silent()
+            silent.mul_(pool.terms.mask.to(silent).view(-1, *[1] * (silent.ndim - 1)))
+
+    def _remove(self, keep: KeepRows) -> None:
+        """Drop masked components from memory, and what the optimizer holds of them."""
+        self.compact, self.importance = True, None
+        for pool in self.pools:
+            if not bool(pool.terms.mask.all()):
+                pool.terms.keep(pool.terms.mask.nonzero().squeeze(1), keep)
+
+    def _scores(self) -> Tensor:
+        """(n,) of all components: the sum over their parameters of the rows' mean importance."""
+        if self.importance is None:
+            return self.previous
+        values = iter(self.importance.scores())
+        found = []
+        for pool in self.pools:
+            total = torch.zeros(len(pool.terms.mask), dtype=torch.float64)
+            for _, owner in pool.terms.parts():
+                rows = next(values).double().flatten(1).mean(1).cpu()
+                total.index_add_(0, torch.arange(len(rows)) if owner is None else owner.cpu(), rows)
+            found.append(total)
+        return torch.cat(found)
+
+    def _importance(self, policy: Policy) -> Importance:
+        parameters = [parameter for pool in self.pools for parameter, _ in pool.terms.parts()]
+        return Importance(parameters, policy.importance, policy.beta1, policy.beta2)
+
+    def _sizes(self) -> list[int]:
+        return [len(pool.terms.mask) for pool in self.pools]
+
+    def _costs(self) -> Tensor:
+        return torch.cat([(pool.costs or pool.terms.numbers)().double().cpu() for pool in self.pools])
+
+    def _units(self) -> Tensor:
+        """(n,): the unit that each component is kept or dropped with; itself, or its tube."""
+        found, start = [], 0
+        for pool in self.pools:
+            own = torch.arange(len(pool.terms.mask)) if pool.tube is None else pool.tube().cpu()
+            found.append(own + start)
+            start += int(own.max()) + 1 if len(own) else 0
+        return torch.cat(found)
+
+    def _weights(self) -> Tensor:
+        return torch.cat([torch.ones(len(pool.terms.mask), dtype=torch.float64) if pool.weight is None
+                          else pool.weight().double().cpu() for pool in self.pools])
+
+    def _tell(self, step: int, scores: Tensor, kept: Tensor, allowed: float, row_name: str) -> None:
+        numbers = torch.cat([pool.terms.numbers().cpu() for pool in self.pools])
+        rows: dict[str, list[Tensor]] = {}
+        for pool, own, mask in zip(self.pools, scores.split(self._sizes()), kept.split(self._sizes()), strict=True):
+            rows.setdefault(pool.group, []).append(torch.stack((pool.row().cpu().double(), own, mask.double())))
+        ranks, importance = {}, {}
+        for group, parts in rows.items():
+            row, own, mask = torch.cat(parts, 1)
+            number = torch.bincount(row.long())
+            ranks[group] = torch.zeros(len(number)).index_add_(0, row.long(), mask.float()).long().tolist()
+            total = torch.zeros(len(number), dtype=torch.float64).index_add_(0, row.long(), own)
+            importance[group] = (total / number.clamp_min(1)).tolist()
+        self.plan.emit(RankChanged(
+            step=step, rows=row_name, ranks=ranks, importance=importance, parameters=int(numbers[kept].sum()),
+            budget=round(allowed * float(numbers.sum())), residual=max(pool.terms.residual() for pool in self.pools)))
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages, previous scores, counters; masks are in the deltas."""
+        return {"step": self.step, "decisions": self.decisions, "compact": self.compact, "previous": self.previous,
+                "initial": self.initial, "importance": None if self.importance is None else self.importance.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.step, self.decisions, self.compact = state["step"], state["decisions"], state["compact"]
+        self.previous, self.initial = state["previous"], state["initial"]
+        if self.policy is None or state["importance"] is None:
+            self.importance = None
+            return
+        self.importance = self._importance(self.policy)
+        self.importance.load_state_dict(state["importance"])

@@ -1,0 +1,184 @@
+"""A group of layers of one role and shape whose increments are one tensor, kept in transformed, factored form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deltaloom.architectures import split_path
+from deltaloom.deltas._triplets import Triplets, orthonormal_rows
+from deltaloom.deltas.base import AttachContext, WarmUp
+from deltaloom.linalg.transforms import LayerTransform, data, dct, dft, frame, haar, identity, rotation
+from deltaloom.sites import Site
+
+SKETCH = 64  # random directions in which gradients of layers are compared
+STARTS = {"identity": identity, "dft": dft, "dct": dct, "haar": haar, "frame": frame,
+          "data": identity,   # until the gradients of a few batches are known
+          "learned": haar}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One frontal slice: a site, and which of its matrices (0 for an affine layer)."""
+
+    site: Site
+    slice: int
+
+    @staticmethod
+    def runs(members: Sequence[Member]) -> Iterator[tuple[int, tuple[Site, int]]]:
+        """(place of the first slice, (site, number of slices)) of every site, in order."""
+        for place, member in enumerate(members):
+            if member.slice == 0:
+                yield place, (member.site, member.site.slices)
+
+
+def grouped(sites: Iterable[Site]) -> dict[str, list[Member]]:
+    """Slices by group: the same shape, role, stack of blocks and place within the block, in order of depth."""
+    found: dict[tuple[object, ...], list[Member]] = {}
+    for site in sites:
+        stack, _, rest = split_path(site.path)
+        key = (stack, rest, site.role, site.tensor, site.d_out, site.d_in)
+        found.setdefault(key, []).extend(Member(site, index) for index in range(site.slices))
+    named: dict[str, list[Member]] = {}
+    for members in found.values():
+        first = members[0].site
+        name = base = f"{first.role.replace('.', '-')}-{first.d_out}x{first.d_in}"
+        number = 2
+        while name in named:
+            name, number = f"{base}-{number}", number + 1
+        named[name] = members
+    return named
+
+
+class TensorGroup(nn.Module):
+    """The factors of N increments (d_out, d_in): `rank` entries at each frequency of a transform over the N layers."""
+
+    weights: Tensor
+    turns: Tensor | None
+
+    def __init__(self, transform: str, layers: int, rank: int, site: Site, scale: float, context: AttachContext) -> None:
+        super().__init__()
+        start = STARTS[transform](layers)
+        self.layers, self.scale = layers, scale * site.d_out ** 0.5
+        self.cost = site.d_out + site.d_in + 1
+        self.triplets = _initial(start, rank, site, context)
+        self.register_buffer("weights", start.weights.float())
+        self.register_buffer("turns", None if start.turns is None else start.turns.float())
+        self.skew = nn.Parameter(torch.zeros(layers * (layers - 1) // 2)) if transform == "learned" and layers > 1 else None
+        self._reach: dict[int, tuple[tuple[object, ...], Tensor | None]] = {}
+
+    def index(self) -> Tensor:
+        """The index of each component within its frequency, (E,)."""
+        block = self.triplets.block
+        return torch.arange(len(block), device=block.device) - torch.searchsorted(block, block)
+
+    def factors(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """down (R, d_in), coefficients (R,), up (d_out, R) of one layer, R the rows that reach it."""
+        triplets = self.triplets
+        rows = self._rows(layer)
+        owner = triplets.owner if rows is None else triplets.owner[rows]
+        frequency = triplets.block[owner]
+        core = triplets.core_now()[owner]
+        down = triplets.down if rows is None else triplets.down[rows]
+        up = triplets.up if rows is None else triplets.up[rows]
+        weights = self._weights()[:, layer].to(core.dtype)[frequency]
+        if self.turns is None:
+            return down, self.scale * weights * core, up.T
+        partner, sign = self._partners()
+        if rows is not None:
+            partner, sign = partner[rows], sign[rows]
+        turns = self.turns[:, layer].to(core.dtype)[frequency] * sign
+        down = weights[:, None] * down + turns[:, None] * triplets.down[partner]
+        return down, self.scale * core, up.T
+
+    def slice(self, layer: int) -> Tensor:
+        """The increment of one layer, (d_out, d_in)."""
+        down, scale, up = self.factors(layer)
+        return (up * scale) @ down
+
+    def set_transform(self, transform: LayerTransform) -> None:
+        """Another transform of as many real components."""
+        self.weights.copy_(transform.weights)
+
+    def _weights(self) -> Tensor:
+        return self.weights if self.skew is None else rotation(self.skew, self.weights)
+
+    def _rows(self, layer: int) -> Tensor | None:
+        """Rows of the components that reach a layer; None for all."""
+        if self.skew is not None:
+            return None
+        triplets = self.triplets
+        block, owner = triplets.block, triplets.owner
+        key = (self.weights._version, block._version, owner._version, len(owner), owner.device)
+        known = self._reach.get(layer)
+        if known is None or known[0] != key:
+            reached = self.weights[:, layer] != 0
+            if self.turns is not None:
+                reached |= self.turns[:, layer] != 0
+            here = reached[block[owner]]
+            known = (key, None if bool(here.all()) else here.nonzero().squeeze(1))
+            self._reach[layer] = known
+        return known[1]
+
+    def _partners(self) -> tuple[Tensor, Tensor]:
+        """For each row the other row of its component, and the sign with which it enters (0 where there is none)."""
+        owner = self.triplets.owner
+        order = torch.arange(len(owner), device=owner.device)
+        again = torch.zeros_like(owner, dtype=torch.bool)
+        again[1:] = owner[1:] == owner[:-1]          # the second row of a component
+        first = torch.zeros_like(again)
+        first[:-1] = again[1:]
+        partner = order + first.long() - again.long()
+        return partner, first.to(self.triplets.up.dtype) - again.to(self.triplets.up.dtype)
+
+
+class GradientGram(WarmUp):
+    """Sets `data` transforms: the eigenvectors of the layers' gradients' Gram matrix, from random sketches of them."""
+
+    def __init__(self, places: Mapping[Site, tuple[TensorGroup, int]], batches: int) -> None:
+        self.batches = batches
+        self.places = dict(places)
+        self.sketches: dict[Site, Tensor] = {}
+        self.random = torch.Generator().manual_seed(0)
+        self.directions: dict[int, Tensor] = {}
+
+    def observe(self, site: Site, x: Tensor, gradient: Tensor) -> None:
+        """Adds gradient^T x Omega, with one Omega (d_in, 64) for all layers."""
+        if site not in self.places:
+            return
+        if x.shape[1] not in self.directions:
+            self.directions[x.shape[1]] = torch.randn(x.shape[1], SKETCH, generator=self.random)
+        sketch = gradient.T @ (x @ self.directions[x.shape[1]].to(x))
+        self.sketches[site] = self.sketches[site] + sketch if site in self.sketches else sketch
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Set every group's transform."""
+        members: dict[int, tuple[TensorGroup, dict[int, Tensor]]] = {}
+        for site, (group, layer) in self.places.items():
+            if site in self.sketches:
+                members.setdefault(id(group), (group, {}))[1][layer] = self.sketches[site].flatten().double().cpu()
+        for group, sketches in members.values():
+            if len(sketches) == group.layers:
+                stack = torch.stack([sketches[layer] for layer in range(group.layers)])
+                group.set_transform(data(stack @ stack.T))
+
+
+def _initial(start: LayerTransform, rank: int, site: Site, context: AttachContext) -> Triplets:
+    """Orthonormal vectors at every frequency; a pair of frequencies has complex ones, two rows each."""
+    ups: list[Tensor] = []
+    downs: list[Tensor] = []
+    owner: list[int] = []
+    block: list[int] = []
+    for frequency, width in enumerate(start.width):
+        for rows, size in ((ups, site.d_out), (downs, site.d_in)):
+            rows.append(torch.zeros(rank * width, size) if context.loading else
+                        orthonormal_rows(rank, size, context.generator, paired=width == 2))
+        first = len(block)
+        owner += [first + index // width for index in range(rank * width)]
+        block += [frequency] * rank
+    paired = len(owner) != len(block)
+    return Triplets(torch.cat(ups), torch.cat(downs), torch.tensor(block), torch.tensor(owner) if paired else None)

@@ -1,0 +1,168 @@
+"""t-SVD tensor delta: the increments of all layers stacked in one tensor, in skinny t-SVD form, its rank decided while training.
+
+    D = U * S * V^T,     change of layer l = scale * sqrt(d_out) * sum_f weights[f, l] * U_f diag(s_f) V_f^T
+
+Layers of one role and shape are a group; their N increments are the frontal slices of a tensor D (N, d_out, d_in). D is kept as
+the factors of its skinny t-SVD in the domain of an orthonormal transform over the layers (`transform`): for each frequency f,
+orthonormal U_f, V_f and coefficients s_f; the t-product with `dft`, the same algebra of other transforms else, and N independent
+changes with `identity`. It is never formed: a layer's change is low-rank with the factors of all frequencies that reach it.
+U, V start orthonormal and s at zero. After each step U and V are pulled towards orthonormal ones. From smoothness and
+uncertainty of the gradients comes the importance of each entry (frequency, index), and from the importance now and at the
+decision before, how many entries stay (`rule`); masked ones may come back until the last decision, and are then removed.
+Kilmer & Martin 2011 (t-SVD); Kernfeld, Kilmer & Aeron 2015 (other transforms); importance and schedule: Zhang et al. 2023
+(2303.10512). `preset: literal` is the form closest to the t-SVD as it is defined: dft, tubes, the share rule, |g|, and the
+penalty in the loss. Unlike a matrix method it also takes convolution kernels, the parameters of experts, and registered layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from deltaloom.allocation import Schedule
+from deltaloom.deltas._adaptive import AdaptiveMethod, Policy, Pool, RankController
+from deltaloom.deltas._orthogonality import squared_penalty
+from deltaloom.deltas._tensor_group import GradientGram, Member, TensorGroup, grouped
+from deltaloom.deltas.base import (
+    AttachContext,
+    Attachment,
+    Controller,
+    Delta,
+    LowRankDelta,
+    StepPlan,
+    WarmUp,
+    shapes_at,
+)
+from deltaloom.sites import Kind, Site
+
+LITERAL = {"transform": "dft", "granularity": "tube", "rule": "share", "importance": "gradient", "penalty": "loss"}
+
+
+class TsvdDelta(LowRankDelta):
+    """One layer's slice of a group's tensor."""
+
+    def __init__(self, group: TensorGroup, layer: int, dropout: float, share: float) -> None:
+        super().__init__()
+        self.held = (group,)  # in a tuple: the group is registered once, beside the deltas
+        self.layer = layer
+        self.dropout = dropout
+        self.share = share
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns that reach this layer, with its coefficients."""
+        return self.held[0].factors(self.layer)
+
+    def penalty(self) -> Tensor | None:
+        """The whole group's, at its first layer."""
+        return self.share * self.held[0].triplets.penalty(squared_penalty) if self.share and self.layer == 0 else None
+
+    def orthogonality(self) -> float | None:
+        """The group's largest deviation from orthonormal factors."""
+        return self.held[0].triplets.residual()
+
+
+class TsvdStackDelta(Delta):
+    """Several slices of a group's tensor: those of a parameter that is a stack of matrices."""
+
+    def __init__(self, group: TensorGroup, layers: range, tensor: str, share: float) -> None:
+        super().__init__()
+        self.held = (group,)
+        self.layers = layers
+        self.tensor = tensor
+        self.share = share
+
+    def increments(self) -> dict[str, Tensor]:
+        """The slices (slices, d_out, d_in) of the parameter."""
+        return {self.tensor: torch.stack([self.held[0].slice(layer) for layer in self.layers])}
+
+    def penalty(self) -> Tensor | None:
+        """The whole group's, at its first layer."""
+        return self.share * self.held[0].triplets.penalty(squared_penalty) if self.share and self.layers[0] == 0 else None
+
+    def orthogonality(self) -> float | None:
+        """The group's largest deviation from orthonormal factors."""
+        return self.held[0].triplets.residual()
+
+
+class TSVD(AdaptiveMethod):
+    """The t-SVD tensor delta."""
+
+    name: ClassVar[str] = "tsvd"
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "stack")
+
+    transform: Literal["identity", "dft", "dct", "haar", "data", "learned", "frame"] = "haar"
+    """Over the layers; `data` finds it from the gradients of a few batches, `learned` trains it, `frame` adds what all layers
+    share to what each has (overcomplete, so not a t-SVD in the strict sense)."""
+    granularity: Literal["entry", "tube"] = "entry"
+    """What is kept or dropped: single entries (frequency, index), or an index at all frequencies together (the tubal rank)."""
+    rule: Literal["capped", "budget", "share", "effective", "fixed"] = "capped"
+    """From scores to ranks: the effective number of entries within the schedule's limits; the schedule alone; all that reach a
+    share of the previous mean score; the effective number alone; ranks that stay as they are."""
+    scale: float = Field(2.0, gt=0)
+    """Factor of the change, in units of sqrt(d_out), the same whatever the ranks are: vectors have the norm 1, so that with it
+    a coefficient moves the outputs as fast as a number of LoRA's B does with this ratio of alpha to rank."""
+    penalty: Literal["decoupled", "loss"] = "decoupled"
+    """How factors are kept orthonormal: by a step of their own after the optimizer's, or by a penalty in the loss."""
+    orthogonality: float = Field(0.1, ge=0)
+    """Strength of that step (0.5 is one of Newton-Schulz's), or coefficient of the penalty."""
+    warm_up_batches: int = Field(4, ge=1)
+    """Batches whose gradients `data` looks at before the first step."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == "literal":
+            return LITERAL | {key: value for key, value in values.items() if key != "preset"}
+        return values
+
+    def attach(self, sites: Sequence[Site], context: AttachContext) -> Attachment:
+        """One group for each role and shape, and every layer's slice of it."""
+        rank = self.initial_rank() if self.rule != "fixed" else max(1, round(self.rank))
+        self.check_ranks(sites, rank)
+        found = grouped(sites)
+        share = self.orthogonality / (2 * sum(len(members) for members in found.values())) if self.penalty == "loss" else 0.0
+        deltas: dict[Site, Delta] = {}
+        shared: dict[str, nn.Module] = {}
+        for name, members in found.items():
+            group = TensorGroup(self.transform, len(members), rank, members[0].site, self.scale, context)
+            shared[name] = group
+            for place, (site, count) in Member.runs(members):
+                deltas[site] = (TsvdDelta(group, place, self.dropout, share) if site.kind == "linear" else
+                                TsvdStackDelta(group, range(place, place + count), site.tensor, share))
+        return Attachment({site: deltas[site] for site in sites}, shared)
+
+    def controller(self, attachment: Attachment, plan: StepPlan) -> Controller | None:
+        """Ranks under one budget over all groups, counted in parameters; and orthonormal factors."""
+        groups = {name: group for name, group in attachment.shared.items() if isinstance(group, TensorGroup)}
+        strength = self.orthogonality if self.penalty == "decoupled" else 0.0
+        pools = [_pool(name, group, self.granularity) for name, group in groups.items()]
+        if self.rule == "fixed":
+            return RankController(pools, None, plan, strength) if strength else None
+        schedule = Schedule.of_run(plan.total_steps, self.start, self.end, self.every)
+        target = sum(self.rank * group.layers * group.cost for group in groups.values())
+        policy = Policy(self.rule, self.importance, self.beta1, self.beta2, schedule, target, "frequency")
+        return RankController(pools, policy, plan, strength)
+
+    def warm_up(self, attachment: Attachment) -> WarmUp | None:
+        """For `data`, the Gram matrices of the layers' gradients."""
+        if self.transform != "data":
+            return None
+        places = {site: (delta.held[0], delta.layer) for site, delta in attachment.deltas.items() if isinstance(delta, TsvdDelta)}
+        return GradientGram(places, self.warm_up_batches)
+
+    def fit(self, attachment: Attachment, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """The ranks of the saved tensors."""
+        for name, group in attachment.shared.items():
+            if isinstance(group, TensorGroup):
+                group.triplets.fit(shapes_at(shapes, f"shared.{name}:triplets."))
+
+
+def _pool(name: str, group: TensorGroup, granularity: str) -> Pool:
+    triplets = group.triplets
+    if granularity == "entry":
+        return Pool(triplets, name, row=lambda: triplets.block)
+    return Pool(triplets, name, row=lambda: triplets.block, tube=group.index, weight=triplets.rows_of)
