@@ -240,10 +240,10 @@ def test_arbitrary_bytes_are_shown(tmp_path_factory, one, other):
 
 def test_it_is_bounded_however_much_the_run_wrote(tmp_path):
     lines = [json.dumps({"event": "Step", "step": i, "loss": 1.0 / (i + 1), "tokens": 10, "seconds": 0.1}) for i in range(20_000)]
-    groups = range(50)
+    groups = [f"group {j}" for j in range(50)]
     lines += [json.dumps({"event": "Sampled", "row": i, "input": "x" * 50_000}) for i in range(60)]
     lines += [
-        json.dumps({"event": "RankChanged", "step": i, "ranks": {f"group {j}": [(i + j + k) % 7 for k in range(300)] for j in groups}})
+        json.dumps({"event": "RankChanged", "step": i, "ranks": {name: [(i + k) % 7 for k in range(300)] for name in groups}})
         for i in range(100)
     ]
     lines += [json.dumps({"event": "Warned", "kind": f"kind {i}", "message": "m"}) for i in range(1000)]

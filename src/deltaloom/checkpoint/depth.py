@@ -34,7 +34,6 @@ def group_facts(tuned: Tuned, name: str | None = None) -> list[GroupFacts]:
                 groups.setdefault((site.role, site.d_out, site.d_in), []).append((site, delta))
         for (role, d_out, d_in), pairs in groups.items():
             if len({(site.stack, site.layer) for site, _ in pairs}) > 1:
-                pairs.sort(key=lambda pair: (pair[0].stack, pair[0].layer))
                 found.append(_facts(tuned, pairs, role, (d_out, d_in), index))
     return found
 
