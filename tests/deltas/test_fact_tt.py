@@ -61,6 +61,12 @@ def test_a_matrix_larger_than_the_edge_both_ways_is_not_cut():
         "square-8": (8, 2), "16x16": (16, 2)}
 
 
+def test_the_edge_is_the_side_that_most_matrices_have():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8), "b": torch.nn.Linear(16, 4), "c": torch.nn.Linear(16, 32)})
+    tuned = attach(model, [FacTTT(rank=2, targets="all")])
+    assert list(tuned.attached()[0].attachment.shared) == ["square-16", "8x8", "4x16"]
+
+
 @pytest.mark.parametrize(("targets", "count"), [("re:.*layer.1.*query", 1), ("re:.*layer.1.*intermediate.dense", 4),
                                                 ("re:.*layer.1.output.dense", 4)])
 def test_one_layer_alone(targets, count):

@@ -107,7 +107,13 @@ def test_chosen_layers_come_back_to_their_own_groups(cls):
 
 
 @each_method
-def test_another_models_bases_do_not_fit(cls):
+def test_deltas_keep_the_order_of_their_sites(cls):
+    method = cls(rank=4)
+    assert [site for site, _ in attach(toy("llama"), [method]).pairs()] == method.sites(toy("llama"))
+
+
+@each_method
+def test_a_state_without_the_bases_does_not_fit(cls):
     tuned = made("llama", cls)
     state = {key: tensor for key, tensor in tuned.delta_state().items() if ":shared." not in key}
     with pytest.raises(CheckpointError, match=r"shared\."):
