@@ -174,7 +174,7 @@ def _announce(prepared: Prepared, tuned: Tuned, total: int, emit: Emitter) -> No
 
 
 def site_table(tuned: Tuned) -> list[dict[str, Any]]:
-    """One row for each method and role: how many sites, how many parameters, examples."""
+    """One row for each method and role: how many sites, how many parameters, examples; and one for each shared module."""
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     for index, attached in enumerate(tuned.attached()):
         for site, delta in attached.attachment.deltas.items():
@@ -185,6 +185,10 @@ def site_table(tuned: Tuned) -> list[dict[str, Any]]:
             row["parameters"] += sum(p.numel() for p in delta.parameters() if p.requires_grad)
             if len(row["examples"]) < 2:
                 row["examples"].append(site.name)
+        for name, module in attached.attachment.shared.items():
+            own = sum(p.numel() for p in module.parameters() if p.requires_grad)
+            rows[index, f"shared {name}"] = {"method": attached.method.name, "target": f"shared {name}", "sites": 0,
+                                             "parameters": own, "examples": []}
     return list(rows.values())
 
 
