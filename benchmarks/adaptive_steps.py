@@ -41,7 +41,7 @@ from deltaloom.jobs.runfile import parse_run
 from deltaloom.models import bundled_path
 from deltaloom.sites import Site, all_sites
 from deltaloom.train.feed import ExampleFeed
-from deltaloom.train.loop import LOSS, _assembled  # the loop's own assembly: what is timed is what trains
+from deltaloom.train.loop import LOSS, _assembled, _warm_up  # the loop's own: what is timed is what trains
 from deltaloom.train.memory import PeakMemory
 from deltaloom.train.modes import faster_dropout, training_mode
 from deltaloom.train.progress import Progress
@@ -136,6 +136,8 @@ def our_entry(tuned: Tuned, prepared: Prepared, feed: FixedSteps, name: str, ran
     settings = TrainSettings(max_steps=total, batch_size=prepared.parts.train.batch_size)
     run: Run = _assembled(tuned, prepared.task, feed, settings, Emitter(), Progress(total), PeakMemory(tuned.device),
                           floor_rate=None, evaluate=None, goal=LOSS, folder=None, log=None, identity={})
+    with training_mode(tuned, True):
+        _warm_up(run)  # initial values from gradients: before the first step, so in no time of a step
 
     def step() -> None:
         with tuned.use(lane):

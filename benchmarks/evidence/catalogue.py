@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import deltaloom
 from deltaloom.deltas.base import method_from
+from deltaloom.errors import RefusedError
 from deltaloom.jobs.estimate import block_linears
 from deltaloom.sites import Site, all_sites
 from deltaloom.tuned import attach
@@ -33,21 +35,23 @@ def _tsvd(transform: str, settings: dict[str, Any]) -> dict[str, Any]:
 CANDIDATES: dict[str, dict[str, Any]] = {
     BASELINE: {"method": "lora"},
     "adalora": {"method": "adalora"},
+    "adalora-all": {"method": "adalora"},  # tiny: from rank 1 on all sites down to a tenth, so it starts far above the budget
     "tucker1-random": {"method": "tucker1", "basis": "random"},
     "tucker1-gradient": {"method": "tucker1", "basis": "gradient"},
     "fact-tt": {"method": "fact-tt"},
     "fact-tk": {"method": "fact-tk"},
+    "fact-tt-10": {"method": "fact-tt", "scale": 10},  # its authors choose the scale for each task
+    "fact-tk-10": {"method": "fact-tk", "scale": 10},
     "lotr": {"method": "lotr"},
     **{f"tsvd-{transform}-{way}": _tsvd(transform, settings) for transform in TRANSFORMS for way, settings in WAYS.items()},
     **{f"tsvd-{transform}-{rule}": _tsvd(transform, {**DEFAULTS, "rule": rule})
        for transform in RULED for rule in ("budget", "share", "effective")},
     **{f"tsvd-{transform}-gradient": _tsvd(transform, {**DEFAULTS, "importance": "gradient"}) for transform in RULED},
-    # the inventors' description: t-product, one tubal rank, shares of scores, plain gradients
-    "tsvd-literal": _tsvd("dft", {"granularity": "tube", "rule": "share", "importance": "gradient"}),
+    "tsvd-literal": {"method": "tsvd", "preset": "literal"},
 }
-SCREENED = tuple(CANDIDATES)
+ONLY_AT = {"adalora-all": ("tiny",)}  # elsewhere it is what another candidate is
 STAND_INS = {"dora": {"method": "dora"}}  # for trials of the scripts before a method is there
-WHOLE_RANKS = ("lora", "adalora", "dora")  # below rank 1 they sit on fewer sites
+WHOLE_RANKS = ("lora", "adalora", "dora")  # these, and fixed ranks, sit on fewer sites below rank 1
 FITTED = ("fact-tt", "fact-tk", "lotr")    # their rank is not LoRA's: the one whose parameters come nearest is taken
 
 
@@ -65,7 +69,7 @@ def deltas_of(candidate: str, budget: str, task: str) -> list[dict[str, Any]]:
     record, share = candidate_named(candidate), BUDGETS[budget]
     if record["method"] in FITTED:
         record = {**record, "rank": fitted_rank(candidate, budget, task)}
-    elif record["method"] in WHOLE_RANKS and share < 1:
+    elif share < 1 and (candidate in WHOLE_RANKS or record.get("rule") == "fixed"):
         record = {**record, "rank": 1, "targets": fewer_sites(block_sites(task), share)}
     else:
         record = {**record, "rank": share}
@@ -112,8 +116,12 @@ def fitted_rank(candidate: str, budget: str, task: str) -> int:
     wanted = budget_parameters(budget, task)
 
     @lru_cache
-    def size(rank: int) -> int:
-        tuned = attach(_model(task), [method_from({**candidate_named(candidate), "rank": rank}, f"candidate {candidate}")])
+    def size(rank: int) -> float:
+        method = method_from({**candidate_named(candidate), "rank": rank}, f"candidate {candidate}")
+        try:
+            tuned = attach(_model(task), [method])
+        except RefusedError:  # more than the layers can have
+            return math.inf
         parameters = tuned.counts()[0]
         tuned.detach()
         return parameters
@@ -121,12 +129,11 @@ def fitted_rank(candidate: str, budget: str, task: str) -> int:
     return nearest(size, wanted)
 
 
-def nearest(size: Callable[[int], int], wanted: int) -> int:
+def nearest(size: Callable[[int], float], wanted: int) -> int:
     """The rank, at least 1, whose size comes nearest to `wanted`; sizes grow with the rank."""
-    high = 1
+    low = high = 1
     while size(high) < wanted:
-        high *= 2
-    low = max(1, high // 2)
+        low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle) < wanted else (low, middle)

@@ -179,7 +179,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
 def only_one(folder: Path, stage: str) -> Iterator[None]:
     """That no second process does the same stage: its workers are started by the first."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".{stage}.lock").open("w") as file:
+    with (folder / f"{stage}.jsonl").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -15,9 +15,9 @@ from evidence.catalogue import (
     BASELINE,
     BUDGETS,
     CANDIDATES,
+    ONLY_AT,
     RATES,
     SCREEN_RATES,
-    SCREENED,
     SEEDS,
     candidate_named,
     deltas_of,
@@ -26,8 +26,7 @@ from evidence.runs import HIGHER, Spec, run_all, value_of
 
 SCREEN_BUDGETS, FINAL_BUDGETS, E2E_BUDGETS = ("tiny", "small"), ("tiny", "small", "large"), ("small", "large")
 BEST_TSVD = 3
-ALWAYS = (BASELINE, "adalora", "fact-tt", "fact-tk")
-E2E_ALWAYS = (BASELINE, "adalora")
+ALWAYS = (BASELINE, "adalora")
 Records = dict[str, dict[str, Any]]
 
 
@@ -47,7 +46,7 @@ class Options:
 
 def screen(options: Options) -> int:
     """Every candidate at two rates; gives back how many runs failed."""
-    candidates = options.candidates or SCREENED
+    candidates = options.candidates or tuple(CANDIDATES)
     specs = held_specs("sst2", candidates, options.budgets or SCREEN_BUDGETS, options.rates or SCREEN_RATES, options.limit)
     return len(specs) - len(run_all(specs, folder=options.folder, stage="screen", data=options.data, workers=options.workers))
 
@@ -89,7 +88,7 @@ def held_specs(task: str, candidates: Sequence[str], budgets: Sequence[str], rat
         SettingsError: a candidate's method or setting does not exist; before anything is trained.
     """
     return [Spec(task, "held", candidate, budget, deltas_of(candidate, budget, task), rate, 0, limit)
-            for budget in budgets for candidate in candidates for rate in rates]
+            for budget in budgets for candidate in candidates if budget in ONLY_AT.get(candidate, BUDGETS) for rate in rates]
 
 
 # ---- choosing -------------------------------------------------------------------------------------------------------
@@ -130,28 +129,34 @@ def ranked(known: Records, names: Iterable[str], limit: int | None = None) -> li
 
 
 def finalists(known: Records, limit: int | None = None) -> list[str]:
-    """The best three tsvd besides the control, the best identity (the control), the better tucker1, and those always in.
+    """LoRA, AdaLoRA, the best three tsvd besides the control, the best identity (the control), the best of the other methods.
 
     Raises:
         SystemExit: the screen is not there.
     """
-    tsvd = [name for name in CANDIDATES if candidate_named(name)["method"] == "tsvd"]
-    identity = [name for name in tsvd if candidate_named(name)["transform"] == "identity"]
-    mixing = ranked(known, (name for name in tsvd if name not in identity), limit)
-    tucker = ranked(known, (name for name in CANDIDATES if candidate_named(name)["method"] == "tucker1"), limit)
-    chosen = [*mixing[:BEST_TSVD], *ranked(known, identity, limit)[:1], *tucker[:1]]
-    if not chosen:
-        raise SystemExit("The screen is not done, so that nothing is chosen: run it first, or give --candidates.")
-    return [*ALWAYS, *chosen]
+    identity = [name for name in variants("tsvd") if candidate_named(name).get("transform") == "identity"]
+    mixing = ranked(known, (name for name in variants("tsvd") if name not in identity), limit)
+    chosen = [*mixing[:BEST_TSVD], *ranked(known, identity, limit)[:1]]
+    for method in ("tucker1", "fact-tt", "fact-tk"):
+        chosen += ranked(known, variants(method), limit)[:1]
+    return chosen_or_exit(chosen)
 
 
 def e2e_candidates(known: Records, limit: int | None = None) -> list[str]:
     """LoRA, AdaLoRA, the screen's best tsvd (control included) and the better tucker1."""
-    tsvd = ranked(known, (name for name in CANDIDATES if candidate_named(name)["method"] == "tsvd"), limit)
-    tucker = ranked(known, (name for name in CANDIDATES if candidate_named(name)["method"] == "tucker1"), limit)
-    if not tsvd and not tucker:
+    return chosen_or_exit([*ranked(known, variants("tsvd"), limit)[:1], *ranked(known, variants("tucker1"), limit)[:1]])
+
+
+def variants(method: str) -> list[str]:
+    """The candidates of a method."""
+    return [name for name, record in CANDIDATES.items() if record["method"] == method]
+
+
+def chosen_or_exit(chosen: list[str]) -> list[str]:
+    """What was chosen, behind those that are always in."""
+    if not chosen:
         raise SystemExit("The screen is not done, so that nothing is chosen: run it first, or give --candidates.")
-    return [*E2E_ALWAYS, *tsvd[:1], *tucker[:1]]
+    return [*ALWAYS, *chosen]
 
 
 # ---- summaries ------------------------------------------------------------------------------------------------------
