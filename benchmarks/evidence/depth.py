@@ -7,6 +7,8 @@ For a group of n layers with matrices G_1..G_n (d_out, d_in), each divided by it
     input k  = mean over layers of the energy |G_i P|^2 inside ONE subspace of k input dimensions, the best one: the sum of
                the k largest eigenvalues of sum_i G_i^T G_i, over n;  output k likewise with G_i G_i^T
     own k    = the same with a subspace for each layer (its largest singular directions): the most that is possible
+    chance k = of input or output, with the same singular values but independent random directions: what a few layers of low
+               rank have in any case
 """
 
 from __future__ import annotations
@@ -132,8 +134,20 @@ def group_figures(stack: Tensor) -> dict[str, Any]:
     for side, common in (("input", torch.einsum("noi,noj->ij", kept, kept)), ("output", torch.einsum("noi,npi->op", kept, kept))):
         energies = torch.linalg.eigvalsh(common.double()).flip(0)
         figures[side] = {str(size): float(energies[:size].sum() / count) for size in SIZES}
+        figures[f"{side}_chance"] = by_chance(own, stack.shape[2 if side == "input" else 1])
     figures["own"] = {str(size): float(own[:, :size].sum(1).mean()) for size in SIZES}
     return figures
+
+
+def by_chance(own: Tensor, width: int) -> dict[str, float]:
+    """Energy inside one common subspace when each layer, own (n, r) squared singular values, has random directions."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.zeros(width, width)
+    for values in own:
+        basis = torch.linalg.qr(torch.randn(width, own.shape[1], generator=generator))[0]
+        common += (basis * values) @ basis.T
+    energies = torch.linalg.eigvalsh(common.double()).flip(0)
+    return {str(size): float(energies[:size].sum() / len(own)) for size in SIZES}
 
 
 def share_of_largest(gram: Tensor) -> float:

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from deltaloom.report.charts import SERIES, Bar, bar_chart, heatmap
+from deltaloom.report.charts import SERIES, Bar, bar_chart
 from deltaloom.report.svg import Scale, canvas, element, scale
 from evidence.catalogue import BUDGETS
 
@@ -83,8 +83,39 @@ def shared_energy(title: str, groups: Sequence[dict[str, Any]]) -> str:
     known = [group for group in groups if group["layers"]]
     columns = [f"{side} {size}" for side in ("input", "output") for size in known[0]["input"]]
     values = [[group[side][size] for side in ("input", "output") for size in group["input"]] for group in known]
-    return heatmap([f"{group['group']} {group['d_out']}x{group['d_in']}" for group in known], columns, values, title=title,
-                   column_label="side and dimensions")
+    return cells(title, [f"{group['group']} {group['d_out']}x{group['d_in']}" for group in known], columns, values, 1.0,
+                 lambda value: f"{value:.2f}")
+
+
+def cells(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], most: float,
+          form: Callable[[float], str]) -> str:
+    """A table of numbers whose cells are the fuller of colour the nearer they are to `most`; None leaves a cell empty."""
+    left, height = 150.0, 24.0
+    width = min(70.0, (WIDTH - left) / max(1, len(columns)))
+    parts = [element("text", text=name, x=left + width * (index + 0.5), y=14, text_anchor="middle")
+             for index, name in enumerate(columns)]
+    for number, (name, row) in enumerate(zip(rows, values, strict=True)):
+        top = height * number + 22
+        parts.append(element("text", text=name, x=left - 8, y=top + 15, text_anchor="end"))
+        for index, value in enumerate(row):
+            if value is None:
+                continue
+            place, said = left + width * index, f"{name}, {columns[index]}: {form(value)}"
+            parts.append(element("rect", x=place + 0.5, y=top, width=width - 1, height=height - 1, class_="bar s0",
+                                 fill_opacity=f"{0.05 + 0.6 * max(0.0, value) / most:.2f}", title=said))
+            parts.append(element("text", text=form(value), x=place + width / 2, y=top + 15, text_anchor="middle",
+                                 class_="strong"))
+    said = "; ".join(f"{name}: {', '.join(form(value) for value in row if value is not None)}"
+                     for name, row in zip(rows, values, strict=True))
+    return canvas(WIDTH, height * len(rows) + 30, f"{title}. {said}", "".join(parts))
+
+
+def ranks_of_groups(title: str, ranks: dict[str, list[int]]) -> str:
+    """Final ranks: a row a group, a column a layer or frequency."""
+    most = max(len(row) for row in ranks.values())
+    values = [[*row, *[None] * (most - len(row))] for row in ranks.values()]
+    largest = max((rank for row in ranks.values() for rank in row), default=0)
+    return cells(title, list(ranks), [str(index) for index in range(most)], values, max(1, largest), lambda value: f"{value:.0f}")
 
 
 def step_times(rows: Sequence[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from deltaloom.files import write_atomic
 from evidence.catalogue import BUDGETS, SEEDS, candidate_named
-from evidence.drawings import against_parameters, budgets_in_order, save, shared_energy, step_times
+from evidence.drawings import against_parameters, budgets_in_order, ranks_of_groups, save, shared_energy, step_times
 from evidence.runs import known_records, read_lines
 from evidence.stages import final_rows, screen_rows
 
@@ -26,6 +26,7 @@ COMMANDS = {
 TITLES = {"screen": "Screen: SST-2, rows held out of train", "finals": "Finals: SST-2 dev, fresh seeds",
           "e2e": "E2E: loss and BLEU", "depth": "What layers share over depth", "steps": "Step time and memory"}
 UNKNOWN = "-"
+RANKS_SHOWN = "small"  # the budget whose final ranks are drawn
 
 
 def write(folder: Path, page: Path, steps: Path, limit: int | None = None) -> None:
@@ -103,6 +104,11 @@ def final_block(rows: Sequence[dict[str, Any]], task: str, drawings: Path) -> st
         title = f"{word.capitalize()} on dev against parameters"
         name = save(drawings / f"{task}.svg", against_parameters(title, rows, lambda value: f"{value:.3f}"))
         parts.append(f"![{title}; a line a candidate, whiskers of one standard deviation]({drawings.name}/{name})")
+    for row in rows:
+        if row["ranks"] and row["budget"] == RANKS_SHOWN:
+            title = f"Final ranks of {row['candidate']}, {row['budget']} budget, first seed"
+            name = save(drawings / f"ranks-{task}-{row['candidate']}.svg", ranks_of_groups(title, row["ranks"]))
+            parts.append(f"![{title}]({drawings.name}/{name})")
     return "\n\n".join(parts)
 
 
@@ -112,11 +118,12 @@ def depth_block(records: Sequence[dict[str, Any]], drawings: Path) -> str:
     for record in records:
         title = f"{record['depth']}: {record['source']}"
         sizes = list(next((group["input"] for group in record["groups"] if group["layers"]), {}))
-        head = ["group", "out x in", "layers", "rho", "1/n", "mean cosine", *(f"input {size}" for size in sizes),
-                *(f"output {size}" for size in sizes), *(f"own {size}" for size in sizes)]
+        head = ["group", "out x in", "layers", "rho", "1/n", "mean cosine", *(f"input {size} (chance)" for size in sizes),
+                *(f"output {size} (chance)" for size in sizes), *(f"own {size}" for size in sizes)]
         body = [[group["group"], f"{group['d_out']} x {group['d_in']}", str(group["layers"]), fixed(group["rho"], 3),
                  fixed(1 / group["layers"], 3), fixed(group["cosine"], 4),
-                 *(fixed(group[side][size], 2) for side in ("input", "output", "own") for size in sizes)]
+                 *(f"{fixed(group[side][size], 2)} ({fixed(group[f'{side}_chance'][size], 2)})"
+                   for side in ("input", "output") for size in sizes), *(fixed(group["own"][size], 2) for size in sizes)]
                 for group in record["groups"] if group["layers"]]
         name = save(drawings / f"depth-{record['depth']}-{record['source'].replace(' ', '-')}.svg",
                     shared_energy(f"Energy inside one common subspace, {title}", record["groups"]))

@@ -112,8 +112,8 @@ def e2e_files(data: Path, folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def last_ranks(folder: Path) -> dict[str, int] | None:
-    """The ranks that a controller announced last; None where nothing changes ranks."""
+def last_ranks(folder: Path) -> dict[str, Any] | None:
+    """The ranks of every group that a controller announced last; None where nothing changes ranks."""
     found = [event["ranks"] for event in read_events(folder / "events.jsonl") if event["event"] == "RankChanged"]
     return found[-1] if found else None
 
