@@ -1,0 +1,1 @@
+"""The evidence for the adaptive-rank and tensor methods; `benchmarks/evidence.py` is its command."""
