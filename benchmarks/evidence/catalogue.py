@@ -52,6 +52,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 ONLY_AT = {"adalora-all": ("tiny",)}  # elsewhere it is what another candidate is
 STAND_INS = {"dora": {"method": "dora"}}  # for trials of the scripts before a method is there
 WHOLE_RANKS = ("lora", "adalora", "dora")  # these, and fixed ranks, sit on fewer sites below rank 1
+SHARED_SIDE = "tucker1"                    # has a higher rank than LoRA at the same parameters, one side being shared
 FITTED = ("fact-tt", "fact-tk", "lotr")    # their rank is not LoRA's: the one whose parameters come nearest is taken
 
 
@@ -69,12 +70,28 @@ def deltas_of(candidate: str, budget: str, task: str) -> list[dict[str, Any]]:
     record, share = candidate_named(candidate), BUDGETS[budget]
     if record["method"] in FITTED:
         record = {**record, "rank": fitted_rank(candidate, budget, task)}
+    elif record["method"] == SHARED_SIDE:
+        record = {**record, **shared_side(share, task)}
     elif share < 1 and (candidate in WHOLE_RANKS or record.get("rule") == "fixed"):
         record = {**record, "rank": 1, "targets": fewer_sites(block_sites(task), share)}
     else:
         record = {**record, "rank": share}
+    if record["method"] == BASELINE:
+        record["alpha"] = 2 * record["rank"]
     method_from(record, f"candidate {candidate}")
     return [record]
+
+
+@lru_cache
+def shared_side(share: float, task: str) -> dict[str, float]:
+    """Rank and size of bases at which one shared and one private side have as many parameters as LoRA's two private ones."""
+    tuned = attach(_model(task), [method_from({"method": SHARED_SIDE, "rank": 1, "size": 1}, "one row")])
+    row = sum(p.numel() for module in tuned.attached()[0].attachment.shared.values() for p in module.parameters())
+    private = tuned.counts()[0] - row
+    tuned.detach()
+    both = share * sum(site.d_in + site.d_out for site in block_sites(task))
+    size = max(2, math.ceil(1.5 * both / (row + private)))
+    return {"size": size, "rank": round((both - size * row) / private, 6)}
 
 
 def fewer_sites(sites: Sequence[Site], share: float) -> list[str]:

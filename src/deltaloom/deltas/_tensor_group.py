@@ -35,6 +35,18 @@ class Member:
                 yield place, (member.site, member.site.slices)
 
 
+@dataclass(frozen=True)
+class _Reach:
+    """What reaches one layer: rows of up and down (None: all), the component of each (None: in order), the layer's
+    coefficients with the scale, and of paired rows the other row and how much of it enters."""
+
+    rows: Tensor | None
+    owner: Tensor | None
+    weights: Tensor
+    partner: Tensor | None
+    turns: Tensor | None
+
+
 def grouped(sites: Iterable[Site]) -> dict[str, list[Member]]:
     """Slices by group: the same shape, role, stack of blocks and place within the block, in order of depth."""
     found: dict[tuple[object, ...], list[Member]] = {}
@@ -68,7 +80,7 @@ class TensorGroup(nn.Module):
         self.register_buffer("weights", start.weights.float())
         self.register_buffer("turns", None if start.turns is None else start.turns.float())
         self.skew = nn.Parameter(torch.zeros(layers * (layers - 1) // 2)) if transform == "learned" and layers > 1 else None
-        self._reach: dict[int, tuple[tuple[object, ...], Tensor | None]] = {}
+        self._known: dict[int, tuple[tuple[object, ...], _Reach]] = {}
 
     def index(self) -> Tensor:
         """The index of each component within its frequency, (E,)."""
@@ -77,22 +89,18 @@ class TensorGroup(nn.Module):
 
     def factors(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """down (R, d_in), coefficients (R,), up (d_out, R) of one layer, R the rows that reach it."""
-        triplets = self.triplets
-        rows = self._rows(layer)
-        owner = triplets.owner if rows is None else triplets.owner[rows]
-        frequency = triplets.block[owner]
-        core = triplets.core_now()[owner]
-        down = triplets.down if rows is None else triplets.down[rows]
-        up = triplets.up if rows is None else triplets.up[rows]
-        weights = self._weights()[:, layer].to(core.dtype)[frequency]
-        if self.turns is None:
-            return down, self.scale * weights * core, up.T
-        partner, sign = self._partners()
-        if rows is not None:
-            partner, sign = partner[rows], sign[rows]
-        turns = self.turns[:, layer].to(core.dtype)[frequency] * sign
-        down = weights[:, None] * down + turns[:, None] * triplets.down[partner]
-        return down, self.scale * core, up.T
+        triplets, reach = self.triplets, self._reached(layer)
+        core = triplets.core_now()
+        core = core if reach.owner is None else core.index_select(0, reach.owner)
+        down = triplets.down if reach.rows is None else triplets.down.index_select(0, reach.rows)
+        up = triplets.up if reach.rows is None else triplets.up.index_select(0, reach.rows)
+        weights = reach.weights
+        if self.skew is not None:
+            weights = self.scale * rotation(self.skew, self.weights)[:, layer].index_select(0, triplets.block)
+        if reach.partner is None or reach.turns is None:
+            return down, weights * core, up.T
+        turned = triplets.down.index_select(0, reach.partner)
+        return weights[:, None] * down + reach.turns[:, None] * turned, core, up.T
 
     def slice(self, layer: int) -> Tensor:
         """The increment of one layer, (d_out, d_in)."""
@@ -103,25 +111,33 @@ class TensorGroup(nn.Module):
         """Another transform of as many real components."""
         self.weights.copy_(transform.weights)
 
-    def _weights(self) -> Tensor:
-        return self.weights if self.skew is None else rotation(self.skew, self.weights)
-
-    def _rows(self, layer: int) -> Tensor | None:
-        """Rows of the components that reach a layer; None for all."""
-        if self.skew is not None:
-            return None
-        triplets = self.triplets
-        block, owner = triplets.block, triplets.owner
-        key = (self.weights._version, block._version, owner._version, len(owner), owner.device)
-        known = self._reach.get(layer)
+    def _reached(self, layer: int) -> _Reach:
+        """What reaches a layer; made anew when components were removed or loaded, or the transform was set."""
+        block, owner = self.triplets.block, self.triplets.owner
+        key = (self.weights._version, block._version, owner._version, len(owner), owner.device, self.triplets.core.dtype)
+        known = self._known.get(layer)
         if known is None or known[0] != key:
-            reached = self.weights[:, layer] != 0
-            if self.turns is not None:
-                reached |= self.turns[:, layer] != 0
-            here = reached[block[owner]]
-            known = (key, None if bool(here.all()) else here.nonzero().squeeze(1))
-            self._reach[layer] = known
+            known = (key, self._reach(layer))
+            self._known[layer] = known
         return known[1]
+
+    def _reach(self, layer: int) -> _Reach:
+        triplets = self.triplets
+        frequency = triplets.block[triplets.owner]
+        reached = self.weights[:, layer] != 0
+        if self.turns is not None:
+            reached |= self.turns[:, layer] != 0
+        here = reached[frequency] if self.skew is None else torch.ones_like(frequency, dtype=torch.bool)
+        rows = here.nonzero().squeeze(1)
+        dtype = triplets.core.dtype
+        weights = (self.scale * self.weights[:, layer].to(dtype))[frequency[rows]]
+        whole = len(rows) == len(here)
+        owner = None if whole and not triplets.paired() else triplets.owner[rows]
+        if self.turns is None:
+            return _Reach(None if whole else rows, owner, weights, None, None)
+        partner, sign = self._partners()
+        turns = (self.scale * self.turns[:, layer].to(dtype))[frequency[rows]] * sign[rows]
+        return _Reach(None if whole else rows, owner, weights, partner[rows], turns)
 
     def _partners(self) -> tuple[Tensor, Tensor]:
         """For each row the other row of its component, and the sign with which it enters (0 where there is none)."""
