@@ -75,10 +75,11 @@ def screen_block(rows: Sequence[dict[str, Any]]) -> str:
     for budget in budgets_in_order(rows):
         mine = [row for row in rows if row["budget"] == budget]
         rates = sorted({rate for row in mine for rate in row["rates"]}, key=float)
-        head = ["candidate", "settings", "parameters", *(f"accuracy at {float(rate):g}" for rate in rates), "seconds"]
+        head = ["candidate", "settings", "parameters", *(f"loss at {float(rate):g}" for rate in rates), "accuracy at the better",
+                "seconds"]
         body = [[row["candidate"], settings_of(row["candidate"]), whole(row["parameters"]),
-                 *(percent(row["rates"].get(rate), rate in row["rates"]) for rate in rates), fixed(row["seconds"], 0)]
-                for row in mine]
+                 *(loss(row["rates"].get(rate), rate in row["rates"]) for rate in rates), percent(row["accuracy"]),
+                 fixed(row["seconds"], 0)] for row in mine]
         parts.append(f"### {budget.capitalize()} budget ({share_of(budget)})\n\n" + table(head, body))
     return "\n\n".join(parts)
 
@@ -176,6 +177,11 @@ def difference(row: dict[str, Any], task: str) -> str:
 def percent(value: float | None, tried: bool = True) -> str:
     """A fraction in percent; a run without a figure diverged."""
     return f"{100 * value:.2f}" if value is not None else "diverged" if tried else UNKNOWN
+
+
+def loss(value: float | None, tried: bool = True) -> str:
+    """A loss; a run without a figure diverged."""
+    return f"{value:.4f}" if value is not None else "diverged" if tried else UNKNOWN
 
 
 def fixed(value: float | None, places: int) -> str:

@@ -22,7 +22,7 @@ from evidence.catalogue import (
     candidate_named,
     deltas_of,
 )
-from evidence.runs import HIGHER, Spec, run_all, value_of
+from evidence.runs import HIGHER, PRIMARY, Spec, figure_name, run_all, value_of
 
 SCREEN_BUDGETS, FINAL_BUDGETS, E2E_BUDGETS = ("tiny", "small"), ("tiny", "small", "large"), ("small", "large")
 BEST_TSVD = 3
@@ -99,11 +99,11 @@ def of(records: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]
 
 
 def best_record(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The best of records of one task; None where all diverged."""
+    """The best of records of one task and part; None where all diverged."""
     whole = [record for record in records if value_of(record) is not None]
     if not whole:
         return None
-    return (max if HIGHER[whole[0]["spec"]["task"]] else min)(whole, key=lambda record: value_of(record) or 0.0)
+    return (max if HIGHER[figure_name(whole[0]["spec"])] else min)(whole, key=lambda record: value_of(record) or 0.0)
 
 
 def best_rate(records: Iterable[dict[str, Any]], candidate: str, budget: str) -> float | None:
@@ -113,7 +113,7 @@ def best_rate(records: Iterable[dict[str, Any]], candidate: str, budget: str) ->
 
 
 def screen_score(known: Records, candidate: str, limit: int | None = None) -> float | None:
-    """Mean over the screen's budgets of the best accuracy over its rates; None where it is not screened, or diverged."""
+    """Mean over the screen's budgets of the best loss over its rates; None where it is not screened, or diverged."""
     best = []
     for budget in SCREEN_BUDGETS:
         tried = of(known.values(), task="sst2", part="held", candidate=candidate, budget=budget, limit=limit)
@@ -125,7 +125,7 @@ def screen_score(known: Records, candidate: str, limit: int | None = None) -> fl
 def ranked(known: Records, names: Iterable[str], limit: int | None = None) -> list[str]:
     """Screened candidates, the best first."""
     scores = {name: score for name in names if (score := screen_score(known, name, limit)) is not None}
-    return sorted(scores, key=lambda name: -scores[name])
+    return sorted(scores, key=lambda name: scores[name])
 
 
 def finalists(known: Records, limit: int | None = None) -> list[str]:
@@ -172,10 +172,12 @@ def screen_rows(known: Records, limit: int | None = None) -> list[dict[str, Any]
             best = best_record(tried)
             if tried:
                 part.append({"budget": budget, "candidate": candidate, "rates": by_rate(tried),
-                             "best": None if best is None else value_of(best), "ranks": None if best is None else best["ranks"],
+                             "best": None if best is None else value_of(best),
+                             "accuracy": None if best is None else best["accuracy"],
+                             "ranks": None if best is None else best["ranks"],
                              "parameters": None if best is None else best["final_parameters"],
                              "seconds": None if best is None else best["seconds"]})
-        rows += sorted(part, key=lambda row: -(row["best"] or 0.0))
+        rows += sorted(part, key=lambda row: float("inf") if row["best"] is None else row["best"])
     return rows
 
 
@@ -189,7 +191,7 @@ def final_rows(known: Records, task: str, limit: int | None = None) -> list[dict
             tried = of(known.values(), task=task, part="held", candidate=candidate, budget=budget, limit=limit)
             part.append(_final_row(runs, tried, of(known.values(), task=task, part="dev", candidate=BASELINE, budget=budget,
                                                    limit=limit)))
-        sign = -1 if HIGHER[task] else 1
+        sign = -1 if HIGHER[PRIMARY[task]] else 1
         rows += sorted(part, key=lambda row: sign * (row["mean"] if row["mean"] is not None else sign * float("inf")))
     return rows
 
