@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def grouped(sites: Iterable[Site]) -> dict[str, list[Member]]:
     named: dict[str, list[Member]] = {}
     for members in found.values():
         first = members[0].site
-        name = base = f"{first.role.replace('.', '-')}-{first.d_out}x{first.d_in}"
+        name = base = f"{first.role.replace('.', '-') or 'layer'}-{first.d_out}x{first.d_in}"
         number = 2
         while name in named:
             name, number = f"{base}-{number}", number + 1
@@ -69,6 +70,10 @@ class TensorGroup(nn.Module):
         self.register_buffer("turns", None if start.turns is None else start.turns.float())
         self.skew = nn.Parameter(torch.zeros(layers * (layers - 1) // 2)) if transform == "learned" and layers > 1 else None
         self._reach: dict[int, tuple[tuple[object, ...], Tensor | None]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is remembered of this object's tensors: those of a copy count their versions anew."""
+        return super().__getstate__() | {"_reach": {}}  # type: ignore[operator]
 
     def index(self) -> Tensor:
         """The index of each component within its frequency, (E,)."""
@@ -146,25 +151,28 @@ class GradientGram(WarmUp):
         self.directions: dict[int, Tensor] = {}
 
     def observe(self, site: Site, x: Tensor, gradient: Tensor) -> None:
-        """Adds gradient^T x Omega, with one Omega (d_in, 64) for all layers."""
+        """Adds gradient^T x Omega, with one Omega (d_in, 64) for all layers; narrow layers are looked at as they are."""
         if site not in self.places:
             return
-        if x.shape[1] not in self.directions:
-            self.directions[x.shape[1]] = torch.randn(x.shape[1], SKETCH, generator=self.random)
-        sketch = gradient.T @ (x @ self.directions[x.shape[1]].to(x))
+        width = x.shape[1]
+        if width > SKETCH:
+            if width not in self.directions:
+                self.directions[width] = torch.randn(width, SKETCH, generator=self.random)
+            x = x @ self.directions[width].to(x)
+        sketch = gradient.T @ x
         self.sketches[site] = self.sketches[site] + sketch if site in self.sketches else sketch
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Set every group's transform."""
+        """Set every group's transform; a layer that no batch has reached counts as having no gradient."""
         members: dict[int, tuple[TensorGroup, dict[int, Tensor]]] = {}
         for site, (group, layer) in self.places.items():
             if site in self.sketches:
                 members.setdefault(id(group), (group, {}))[1][layer] = self.sketches[site].flatten().double().cpu()
         for group, sketches in members.values():
-            if len(sketches) == group.layers:
-                stack = torch.stack([sketches[layer] for layer in range(group.layers)])
-                group.set_transform(data(stack @ stack.T))
+            nothing = torch.zeros_like(next(iter(sketches.values())))
+            stack = torch.stack([sketches.get(layer, nothing) for layer in range(group.layers)])
+            group.set_transform(data(stack @ stack.T))
 
 
 def _initial(start: LayerTransform, rank: int, site: Site, context: AttachContext) -> Triplets:

@@ -17,7 +17,7 @@ penalty in the loss. Unlike a matrix method it also takes convolution kernels, t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -37,6 +37,7 @@ from deltaloom.deltas.base import (
     WarmUp,
     shapes_at,
 )
+from deltaloom.errors import SettingsError
 from deltaloom.sites import Kind, Site
 
 LITERAL = {"transform": "dft", "granularity": "tube", "rule": "share", "importance": "gradient", "penalty": "loss"}
@@ -115,14 +116,29 @@ class TSVD(AdaptiveMethod):
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") == "literal":
-            return LITERAL | {key: value for key, value in values.items() if key != "preset"}
-        return values
+        if not isinstance(values, dict) or "preset" not in values:
+            return values
+        if values["preset"] != "literal":
+            raise ValueError(f"the preset must be 'literal', got {values['preset']!r}")
+        return LITERAL | {key: value for key, value in values.items() if key != "preset"}
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.penalty == "decoupled" and self.orthogonality >= 1:
+            raise ValueError(f"orthogonality: a step of 1 or more leads away from orthonormal ones, got {self.orthogonality:g}")
+        if self.rule == "fixed" and self.rank != int(self.rank):
+            raise ValueError(f"with rule 'fixed' every frequency has the same rank, a whole number, got {self.rank:g}")
+        return self
 
     def attach(self, sites: Sequence[Site], context: AttachContext) -> Attachment:
-        """One group for each role and shape, and every layer's slice of it."""
-        rank = self.initial_rank() if self.rule != "fixed" else max(1, round(self.rank))
+        """One group for each role and shape, and every layer's slice of it.
+
+        Raises:
+            SettingsError: a rank that a layer cannot have; a setting that stacks cannot follow.
+        """
+        rank = self.initial_rank() if self.rule != "fixed" else int(self.rank)
         self.check_ranks(sites, rank)
+        self._check_stacks(sites)
         found = grouped(sites)
         share = self.orthogonality / (2 * sum(len(members) for members in found.values())) if self.penalty == "loss" else 0.0
         deltas: dict[Site, Delta] = {}
@@ -135,15 +151,34 @@ class TSVD(AdaptiveMethod):
                                 TsvdStackDelta(group, range(place, place + count), site.tensor, share))
         return Attachment({site: deltas[site] for site in sites}, shared)
 
+    def _check_stacks(self, sites: Sequence[Site]) -> None:
+        stacks = [site.name for site in sites if site.kind == "stack"]
+        asked = [f"{key} {value}" for key, value, asks in (("transform", "data", self.transform == "data"),
+                                                           ("dropout", self.dropout, self.dropout > 0)) if asks]
+        if stacks and asked:
+            raise SettingsError(f"{self.name}: this needs the inputs of affine layers, and a stack's are not seen",
+                                got=", ".join(asked), problems=stacks[:20],
+                                hint="Choose another setting, or leave these stacks out of the targets.")
+
     def controller(self, attachment: Attachment, plan: StepPlan) -> Controller | None:
-        """Ranks under one budget over all groups, counted in parameters; and orthonormal factors."""
+        """Ranks under one budget over all groups, counted in parameters; and orthonormal factors.
+
+        Raises:
+            SettingsError: the budget is less than the largest entry or tube takes.
+        """
         groups = {name: group for name, group in attachment.shared.items() if isinstance(group, TensorGroup)}
         strength = self.orthogonality if self.penalty == "decoupled" else 0.0
         pools = [_pool(name, group, self.granularity) for name, group in groups.items()]
         if self.rule == "fixed":
             return RankController(pools, None, plan, strength) if strength else None
         schedule = Schedule.of_run(plan.total_steps, self.start, self.end, self.every)
-        target = sum(self.rank * group.layers * group.cost for group in groups.values())
+        # not more than there is: a pair of frequencies has one coefficient, and a delta that was trained has its final ranks
+        target = min(sum(self.rank * group.layers * group.cost for group in groups.values()),
+                     sum(float(pool.terms.numbers().sum()) for pool in pools))
+        largest = max(_largest(pool) for pool in pools)
+        if self.rule in ("budget", "capped") and target < largest * (1 - 1e-9):
+            raise SettingsError(f"{self.name}: the budget is too small to keep anything", got=f"{target:.0f} parameters",
+                                legal=f"at least {largest:.0f}, which is one {self.granularity}", hint="Raise rank.")
         policy = Policy(self.rule, self.importance, self.beta1, self.beta2, schedule, target, "frequency")
         return RankController(pools, policy, plan, strength)
 
@@ -159,6 +194,13 @@ class TSVD(AdaptiveMethod):
         for name, group in attachment.shared.items():
             if isinstance(group, TensorGroup):
                 group.triplets.fit(shapes_at(shapes, f"shared.{name}:triplets."))
+
+
+def _largest(pool: Pool) -> float:
+    """The most numbers that are kept or dropped together."""
+    numbers = pool.terms.numbers().cpu()
+    unit = torch.arange(len(numbers)) if pool.tube is None else pool.tube().cpu()
+    return float(torch.bincount(unit, numbers).max()) if len(numbers) else 0.0
 
 
 def _pool(name: str, group: TensorGroup, granularity: str) -> Pool:
