@@ -60,7 +60,7 @@ def new_group(name: str, layers: int, rank: int = 2, d_out: int = 6, d_in: int =
 
 
 def by_frequency(triplets: Triplets, transform: LayerTransform) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """u, s and v of each frequency in the form of `linalg.reconstruct`: of pairs the real parts first, then the imaginary ones."""
+    """u, s and v of each frequency as `linalg.reconstruct` takes them: of pairs the real parts first, then the imaginary ones."""
     us, ss, vs = [], [], []
     for frequency, width in enumerate(transform.width):
         own = [e for e in range(len(triplets.core)) if int(triplets.block[e]) == frequency]

@@ -127,7 +127,7 @@ def test_invariants_of_orthonormal_transforms(name, layers):
 
 def materialised(tuned, plain):
     """The same loss from weights that the changes were added to."""
-    weights = {f"{site.path}.weight": plain.get_parameter(f"{site.path}.weight") + delta.matrix() for site, delta in tuned.pairs()}
+    weights = {f"{site.path}.weight": plain.get_submodule(site.path).weight + delta.matrix() for site, delta in tuned.pairs()}
     return functional_call(plain, weights, (), toy_batch("bert")).loss
 
 

@@ -1,4 +1,8 @@
-"""A group of layers of one role and shape whose increments are one tensor, kept in transformed, factored form."""
+"""A group of layers of one role and shape whose increments are one tensor, kept in transformed, factored form.
+
+Not a method: files whose names begin with _ are no entries of the registry. `grouped` says which matrices make a group,
+`TensorGroup` holds its factors and gives each layer its own, `GradientGram` finds a transform before the first step.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +59,11 @@ def grouped(sites: Iterable[Site]) -> dict[str, list[Member]]:
 
 
 class TensorGroup(nn.Module):
-    """The factors of N increments (d_out, d_in): `rank` entries at each frequency of a transform over the N layers."""
+    """The factors of N increments (d_out, d_in): `rank` entries at each frequency of a transform over the N layers.
+
+    An entry is a component of `triplets`; its block is its frequency. A pair of conjugate frequencies of the DFT is one frequency
+    here, whose entries have two rows, real and imaginary part. `weights` and `turns` (F, N) are the transform's coefficients.
+    """
 
     weights: Tensor
     turns: Tensor | None
@@ -73,7 +81,7 @@ class TensorGroup(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered of this object's tensors: those of a copy count their versions anew."""
-        return super().__getstate__() | {"_reach": {}}  # type: ignore[operator]
+        return super().__getstate__() | {"_reach": {}}
 
     def index(self) -> Tensor:
         """The index of each component within its frequency, (E,)."""

@@ -65,7 +65,7 @@ class Triplets(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered of this object's tensors: those of a copy count their versions anew."""
-        return super().__getstate__() | {"_blocks": None}  # type: ignore[operator]
+        return super().__getstate__() | {"_blocks": None}
 
     def core_now(self) -> Tensor:
         """The coefficients (E,): all of them in training, so that masked ones can come back; else only those that stay."""

@@ -2,16 +2,25 @@
 
     D = U * S * V^T,     change of layer l = scale * sqrt(d_out) * sum_f weights[f, l] * U_f diag(s_f) V_f^T
 
-Layers of one role and shape are a group; their N increments are the frontal slices of a tensor D (N, d_out, d_in). D is kept as
-the factors of its skinny t-SVD in the domain of an orthonormal transform over the layers (`transform`): for each frequency f,
-orthonormal U_f, V_f and coefficients s_f; the t-product with `dft`, the same algebra of other transforms else, and N independent
-changes with `identity`. It is never formed: a layer's change is low-rank with the factors of all frequencies that reach it.
-U, V start orthonormal and s at zero. After each step U and V are pulled towards orthonormal ones. From smoothness and
-uncertainty of the gradients comes the importance of each entry (frequency, index), and from the importance now and at the
-decision before, how many entries stay (`rule`); masked ones may come back until the last decision, and are then removed.
+Layers of one role and shape, in order of depth, are a group; their N increments are the slices of a tensor D (N, d_out, d_in).
+A transform over the layers (`transform`) writes each slice as a weighted sum of matrices D_f that the group shares, one for each
+frequency f, and D_f is kept as its SVD: U_f (d_out, r_f), V_f (d_in, r_f) with orthonormal columns, coefficients s_f (r_f,).
+With `dft` this is the skinny t-SVD, * being the t-product; D_f is complex, and conjugate frequencies are kept once, as real
+and imaginary parts. Other orthonormal transforms have the same algebra; `identity` makes N independent changes.
+D is never formed: a layer's change is low-rank, with the vectors of all frequencies that reach it (all N of `dft`, `dct`, `data`
+and `learned`, at most 1 + log2 N of `haar`, two of `frame`, one of `identity`); time grows with that number, parameters do not.
+
+U_f, V_f start orthonormal and s_f at zero, so that nothing changes at birth. After each step U_f, V_f are pulled back towards
+orthonormal ones (`penalty`, `orthogonality`). An entry is one (f, index), that is one coefficient with its two vectors: from the
+smoothness and the uncertainty of its gradients comes its importance, and from the importance now and at the decision before, how
+many entries stay (`rule`). The others are silenced; they may come back until the last decision, and are then removed. `rank` is
+the mean over layers, and the budget is the parameters of so many entries, over all groups together.
+
+`preset: literal` is the form closest to the t-SVD as it is defined: dft, tubes, the share rule (which has no budget: ranks are
+what the scores say), |g|, and the penalty in the loss; settings beside it win. Unlike a matrix method this one also takes
+convolution kernels, the parameters of experts, and registered layers, if the targets name them (`all`, or their names).
 Kilmer & Martin 2011 (t-SVD); Kernfeld, Kilmer & Aeron 2015 (other transforms); importance and schedule: Zhang et al. 2023
-(2303.10512). `preset: literal` is the form closest to the t-SVD as it is defined: dft, tubes, the share rule, |g|, and the
-penalty in the loss. Unlike a matrix method it also takes convolution kernels, the parameters of experts, and registered layers.
+(AdaLoRA, arXiv 2303.10512). With `identity`, `rule: budget` and the penalty in the loss it is AdaLoRA with the squared penalty.
 """
 
 from __future__ import annotations
@@ -96,20 +105,25 @@ class TSVD(AdaptiveMethod):
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "stack")
 
     transform: Literal["identity", "dft", "dct", "haar", "data", "learned", "frame"] = "haar"
-    """Over the layers; `data` finds it from the gradients of a few batches, `learned` trains it, `frame` adds what all layers
-    share to what each has (overcomplete, so not a t-SVD in the strict sense)."""
+    """Over the layers. `identity` shares nothing; `dft` and `dct` suit changes that are smooth in depth, `haar` blocks of layers;
+    `data` finds one from the gradients of a few batches, `learned` trains it from `haar` on; `frame` adds what all layers share
+    to what each has (overcomplete, so not a t-SVD in the strict sense)."""
     granularity: Literal["entry", "tube"] = "entry"
-    """What is kept or dropped: single entries (frequency, index), or an index at all frequencies together (the tubal rank)."""
+    """What is kept or dropped: single entries (frequency, index), or a tube, which is an index at all frequencies together (so
+    that every frequency of a group has one rank, the tubal rank)."""
     rule: Literal["capped", "budget", "share", "effective", "fixed"] = "capped"
-    """From scores to ranks: the effective number of entries within the schedule's limits; the schedule alone; all that reach a
-    share of the previous mean score; the effective number alone; ranks that stay as they are."""
+    """From scores to ranks. `capped`: the effective number of entries within the schedule's limits. `budget`: the schedule alone.
+    `share`: all that reach a tenth of the previous mean score. `effective`: the effective number alone. `fixed`: ranks stay as
+    they are, at `rank`. Only the first two keep the budget."""
     scale: float = Field(2.0, gt=0)
-    """Factor of the change, in units of sqrt(d_out), the same whatever the ranks are: vectors have the norm 1, so that with it
-    a coefficient moves the outputs as fast as a number of LoRA's B does with this ratio of alpha to rank."""
+    """Factor of the change, in units of sqrt(d_out), the same whatever the ranks are. Vectors have the norm 1: in these units a
+    coefficient moves the outputs as fast as a number of LoRA's B does where alpha over rank is this factor."""
     penalty: Literal["decoupled", "loss"] = "decoupled"
-    """How factors are kept orthonormal: by a step of their own after the optimizer's, or by a penalty in the loss."""
+    """How U_f and V_f are kept orthonormal: by a step of their own after the optimizer's, which neither the loss nor the
+    importance sees, or by a penalty in the loss, ||U_f^H U_f - I||^2 averaged over both sides of all layers of the method (of one
+    group with `dft`: the mean of ||U^T * U - I||^2 and ||V^T * V - I||^2)."""
     orthogonality: float = Field(0.1, ge=0)
-    """Strength of that step (0.5 is one of Newton-Schulz's), or coefficient of the penalty."""
+    """Strength of that step (0.5 is one of Newton-Schulz's; below 1), or coefficient of the penalty."""
     warm_up_batches: int = Field(4, ge=1)
     """Batches whose gradients `data` looks at before the first step."""
 

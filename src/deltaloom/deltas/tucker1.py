@@ -1,13 +1,17 @@
 """Tucker-1 tensor delta: one basis of the residual stream shared by all layers, and private factors with adaptive ranks.
 
-    reads the stream (q, k, v, gate, up):   change of layer l = scale * up_l B_in          B_in (K, d_in), up_l (d_out, K)
-    writes to it (o, down):                 change of layer l = scale * B_out^T down_l     B_out (K, d_out), down_l (K, d_in)
+    reads the stream (all others):       change of layer l = scale * up_l B_in            B_in (K, d_in), up_l (d_out, K)
+    writes to it (roles o and down):     change of layer l = scale * B_out^T down_l       B_out (K, d_out), down_l (K, d_in)
 
-The layers' gradients share their subspace on the side of the residual stream and hardly any on the other, so this side has one
-basis for all layers (mode-1 factor of the stacked increments) and the other stays private. At equal parameters a layer has
-a rank of its own that is higher than LoRA's. The basis starts orthonormal, random or spanning most of the gradients of a few
-batches, trains as the rest does and is kept near orthonormal; private factors start at zero. Which rows of the basis a layer
-keeps is decided while training, by importance and budget as in AdaLoRA (Zhang et al. 2023, 2303.10512).
+Every layer of a block reads the residual stream or writes to it. The layers' gradients share their main directions on the side
+of the stream and hardly any on the other. So that side has one basis for all layers, whatever their role (the factor of one mode
+of the stacked increments), and the other side is private. The basis costs next to nothing, so that at equal parameters a layer
+has nearly twice LoRA's rank. An encoder-decoder's two streams share the bases if they are of one width.
+
+Bases start orthonormal, random or spanning most of the gradients of a few batches; they train as the rest does and are kept near
+orthonormal by a step of their own after the optimizer's. Private factors start at zero, so that nothing changes at birth. Which
+rows of the basis a layer keeps is decided while training by the importance of its private rows, under one budget over all layers
+that counts private parameters, as in AdaLoRA (Zhang et al. 2023, arXiv 2303.10512); the bases keep their size.
 Tucker 1966 (Tucker-1 has a factor matrix for one mode); FacT (2212.03145) and LoTR (2402.01376) share the bases of both sides.
 """
 
@@ -120,10 +124,11 @@ class Tucker1(AdaptiveMethod):
     size: int | None = Field(None, ge=1)
     """Rows of each basis, which is the rank that training starts with; if not given, rank times reserve (rule `fixed`: rank)."""
     scale: float = Field(2.0, gt=0)
-    """Factor of the change, the same whatever the ranks are."""
+    """Factor of the change, the same whatever the ranks are; as LoRA's ratio of alpha to rank."""
     rule: Literal["budget", "capped", "share", "effective", "fixed"] = "budget"
-    """From scores to ranks: the schedule alone; the effective number within its limits; all that reach a share of the previous
-    mean score; the effective number alone; ranks that stay as they are."""
+    """From scores to ranks. `budget`: the schedule alone. `capped`: the effective number of rows within its limits. `share`: all
+    that reach a tenth of the previous mean score. `effective`: the effective number alone. `fixed`: ranks stay as they are, at
+    `rank`. Only the first two keep the budget."""
     orthogonality: float = Field(0.1, ge=0, lt=1)
     """Strength of the bases' step towards orthonormal rows after the optimizer's (0.5 is one of Newton-Schulz's)."""
     warm_up_batches: int = Field(4, ge=1)
