@@ -1,9 +1,14 @@
-"""A group of layers of one role and shape whose increments are one tensor, kept in transformed, factored form."""
+"""A group of layers of one role and shape whose increments are one tensor, kept in transformed, factored form.
+
+Not a method: files whose names begin with _ are no entries of the registry. `grouped` says which matrices make a group,
+`TensorGroup` holds its factors and gives each layer its own, `GradientGram` finds a transform before the first step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +62,7 @@ def grouped(sites: Iterable[Site]) -> dict[str, list[Member]]:
     named: dict[str, list[Member]] = {}
     for members in found.values():
         first = members[0].site
-        name = base = f"{first.role.replace('.', '-')}-{first.d_out}x{first.d_in}"
+        name = base = f"{first.role.replace('.', '-') or 'layer'}-{first.d_out}x{first.d_in}"
         number = 2
         while name in named:
             name, number = f"{base}-{number}", number + 1
@@ -66,7 +71,11 @@ def grouped(sites: Iterable[Site]) -> dict[str, list[Member]]:
 
 
 class TensorGroup(nn.Module):
-    """The factors of N increments (d_out, d_in): `rank` entries at each frequency of a transform over the N layers."""
+    """The factors of N increments (d_out, d_in): `rank` entries at each frequency of a transform over the N layers.
+
+    An entry is a component of `triplets`; its block is its frequency. A pair of conjugate frequencies of the DFT is one frequency
+    here, whose entries have two rows, real and imaginary part. `weights` and `turns` (F, N) are the transform's coefficients.
+    """
 
     weights: Tensor
     turns: Tensor | None
@@ -81,6 +90,10 @@ class TensorGroup(nn.Module):
         self.register_buffer("turns", None if start.turns is None else start.turns.float())
         self.skew = nn.Parameter(torch.zeros(layers * (layers - 1) // 2)) if transform == "learned" and layers > 1 else None
         self._known: dict[int, tuple[tuple[object, ...], _Reach]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is remembered of this object's tensors: those of a copy count their versions anew."""
+        return super().__getstate__() | {"_reach": {}}
 
     def index(self) -> Tensor:
         """The index of each component within its frequency, (E,)."""
@@ -162,25 +175,28 @@ class GradientGram(WarmUp):
         self.directions: dict[int, Tensor] = {}
 
     def observe(self, site: Site, x: Tensor, gradient: Tensor) -> None:
-        """Adds gradient^T x Omega, with one Omega (d_in, 64) for all layers."""
+        """Adds gradient^T x Omega, with one Omega (d_in, 64) for all layers; narrow layers are looked at as they are."""
         if site not in self.places:
             return
-        if x.shape[1] not in self.directions:
-            self.directions[x.shape[1]] = torch.randn(x.shape[1], SKETCH, generator=self.random)
-        sketch = gradient.T @ (x @ self.directions[x.shape[1]].to(x))
+        width = x.shape[1]
+        if width > SKETCH:
+            if width not in self.directions:
+                self.directions[width] = torch.randn(width, SKETCH, generator=self.random)
+            x = x @ self.directions[width].to(x)
+        sketch = gradient.T @ x
         self.sketches[site] = self.sketches[site] + sketch if site in self.sketches else sketch
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Set every group's transform."""
+        """Set every group's transform; a layer that no batch has reached counts as having no gradient."""
         members: dict[int, tuple[TensorGroup, dict[int, Tensor]]] = {}
         for site, (group, layer) in self.places.items():
             if site in self.sketches:
                 members.setdefault(id(group), (group, {}))[1][layer] = self.sketches[site].flatten().double().cpu()
         for group, sketches in members.values():
-            if len(sketches) == group.layers:
-                stack = torch.stack([sketches[layer] for layer in range(group.layers)])
-                group.set_transform(data(stack @ stack.T))
+            nothing = torch.zeros_like(next(iter(sketches.values())))
+            stack = torch.stack([sketches.get(layer, nothing) for layer in range(group.layers)])
+            group.set_transform(data(stack @ stack.T))
 
 
 def _initial(start: LayerTransform, rank: int, site: Site, context: AttachContext) -> Triplets:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,10 @@ class Triplets(nn.Module):
         self.register_buffer("block", torch.zeros(count, dtype=torch.long) if block is None else block,
                              persistent=block is not None)
         self._blocks: tuple[tuple[int, int, int, torch.device], list[_Blocks]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is remembered of this object's tensors: those of a copy count their versions anew."""
+        return super().__getstate__() | {"_blocks": None}
 
     def core_now(self) -> Tensor:
         """The coefficients (E,): all of them in training, so that masked ones can come back; else only those that stay."""

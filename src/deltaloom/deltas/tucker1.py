@@ -1,23 +1,27 @@
 """Tucker-1 tensor delta: one basis of the residual stream shared by all layers, and private factors with adaptive ranks.
 
-    reads the stream (q, k, v, gate, up):   change of layer l = scale * up_l B_in          B_in (K, d_in), up_l (d_out, K)
-    writes to it (o, down):                 change of layer l = scale * B_out^T down_l     B_out (K, d_out), down_l (K, d_in)
+    reads the stream (all others):       change of layer l = scale * up_l B_in            B_in (K, d_in), up_l (d_out, K)
+    writes to it (roles o and down):     change of layer l = scale * B_out^T down_l       B_out (K, d_out), down_l (K, d_in)
 
-The layers' gradients share their subspace on the side of the residual stream and hardly any on the other, so this side has one
-basis for all layers (mode-1 factor of the stacked increments) and the other stays private. At equal parameters a layer has
-a rank of its own that is higher than LoRA's. The basis starts orthonormal, random or spanning most of the gradients of a few
-batches, trains as the rest does and is kept near orthonormal; private factors start at zero. Which rows of the basis a layer
-keeps is decided while training, by importance and budget as in AdaLoRA (Zhang et al. 2023, 2303.10512).
+Every layer of a block reads the residual stream or writes to it. The layers' gradients share their main directions on the side
+of the stream and hardly any on the other. So that side has one basis for all layers, whatever their role (the factor of one mode
+of the stacked increments), and the other side is private. The basis costs next to nothing, so that at equal parameters a layer
+has nearly twice LoRA's rank. An encoder-decoder's two streams share the bases if they are of one width.
+
+Bases start orthonormal, random or spanning most of the gradients of a few batches; they train as the rest does and are kept near
+orthonormal by a step of their own after the optimizer's. Private factors start at zero, so that nothing changes at birth. Which
+rows of the basis a layer keeps is decided while training by the importance of its private rows, under one budget over all layers
+that counts private parameters, as in AdaLoRA (Zhang et al. 2023, arXiv 2303.10512); the bases keep their size.
 Tucker 1966 (Tucker-1 has a factor matrix for one mode); FacT (2212.03145) and LoTR (2402.01376) share the bases of both sides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from deltaloom.allocation import Schedule
@@ -34,7 +38,7 @@ from deltaloom.deltas.base import (
     WarmUp,
     shapes_at,
 )
-from deltaloom.errors import SettingsError
+from deltaloom.errors import NonFiniteError, SettingsError
 from deltaloom.sites import Site
 
 WRITES = ("o", "down")  # roles of layers whose output is added to the residual stream
@@ -118,20 +122,32 @@ class Tucker1(AdaptiveMethod):
     basis: Literal["gradient", "random"] = "gradient"
     """Where the bases start: at the main directions of the gradients of a few batches, or random."""
     size: int | None = Field(None, ge=1)
-    """Rows of each basis, which is the rank that training starts with; rank times reserve if not given."""
+    """Rows of each basis, which is the rank that training starts with; if not given, rank times reserve (rule `fixed`: rank)."""
     scale: float = Field(2.0, gt=0)
-    """Factor of the change, the same whatever the ranks are."""
+    """Factor of the change, the same whatever the ranks are; as LoRA's ratio of alpha to rank."""
     rule: Literal["budget", "capped", "share", "effective", "fixed"] = "budget"
-    """From scores to ranks: the schedule alone; the effective number within its limits; all that reach a share of the previous
-    mean score; the effective number alone; ranks that stay as they are."""
-    orthogonality: float = Field(0.1, ge=0)
+    """From scores to ranks. `budget`: the schedule alone. `capped`: the effective number of rows within its limits. `share`: all
+    that reach a tenth of the previous mean score. `effective`: the effective number alone. `fixed`: ranks stay as they are, at
+    `rank`. Only the first two keep the budget."""
+    orthogonality: float = Field(0.1, ge=0, lt=1)
     """Strength of the bases' step towards orthonormal rows after the optimizer's (0.5 is one of Newton-Schulz's)."""
     warm_up_batches: int = Field(4, ge=1)
     """Batches whose gradients are looked at before the first step."""
 
+    @model_validator(mode="after")
+    def _check_fixed_rank(self) -> Self:
+        if self.rule == "fixed" and self.rank != (self.size or int(self.rank)):
+            raise ValueError("with rule 'fixed' every layer keeps all rows of its basis, so that rank must be a whole number, "
+                             f"and size the same if it is given; got rank {self.rank:g} and size {self.size}")
+        return self
+
     def attach(self, sites: Sequence[Site], context: AttachContext) -> Attachment:
-        """One basis for each side and width, and a private factor for every site."""
-        size = self.size or self.initial_rank()
+        """One basis for each side and width, and a private factor for every site.
+
+        Raises:
+            SettingsError: bases with more rows than a layer can use, or fewer than the rank.
+        """
+        size = self.size or (int(self.rank) if self.rule == "fixed" else self.initial_rank())
         self.check_ranks(sites, size)
         if self.rank > size:
             raise SettingsError(f"{self.name}: the final rank is more than the basis has rows", got=f"rank {self.rank:g}",
@@ -149,14 +165,24 @@ class Tucker1(AdaptiveMethod):
         return Attachment(dict(deltas), dict(bases))
 
     def controller(self, attachment: Attachment, plan: StepPlan) -> Controller | None:
-        """Private rows under one budget, counted in parameters; and orthonormal bases."""
+        """Private rows under one budget, counted in parameters; and orthonormal bases.
+
+        Raises:
+            SettingsError: the budget is less than the largest row takes.
+        """
         deltas = {site: delta for site, delta in attachment.deltas.items() if isinstance(delta, Tucker1Delta)}
         bases = [basis for basis in attachment.shared.values() if isinstance(basis, Basis)]
         pools = [_pool(site, delta) for site, delta in deltas.items()]
         policy = None
         if self.rule != "fixed":
             schedule = Schedule.of_run(plan.total_steps, self.start, self.end, self.every)
-            target = sum(self.rank * delta.private.shape[1] for delta in deltas.values())
+            # not more than there is: a delta that was trained has its final ranks
+            target = min(sum(self.rank * delta.private.shape[1] for delta in deltas.values()),
+                         sum(delta.private.numel() for delta in deltas.values()))
+            largest = max(delta.private.shape[1] for delta in deltas.values() if len(delta.private))
+            if self.rule in ("budget", "capped") and target < largest:
+                raise SettingsError(f"{self.name}: the budget is too small to keep anything", got=f"{target:.0f} parameters",
+                                    legal=f"at least {largest}, which is one row", hint="Raise rank.")
             policy = Policy(self.rule, self.importance, self.beta1, self.beta2, schedule, target, "layer")
         elif not self.orthogonality:
             return None
@@ -220,14 +246,24 @@ class _MainDirections(WarmUp):
             return
         shared, other = (gradient, x) if delta.writes else (x, gradient)
         key = (other.shape[1], len(delta.held[0].rows) + SKETCH)
-        if key not in self.directions:
-            self.directions[key] = torch.randn(*key, generator=self.random)
-        sketch = shared.T @ (other @ self.directions[key].to(other))
+        if key[0] > key[1]:  # a layer that is narrow on its private side is looked at as it is
+            if key not in self.directions:
+                self.directions[key] = torch.randn(*key, generator=self.random)
+            other = other @ self.directions[key].to(other)
+        sketch = shared.T @ other
         self.sketches[site] = self.sketches[site] + sketch if site in self.sketches else sketch
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Set the bases; each layer's gradient counts the same, whatever its size."""
+        """Set the bases; each layer's gradient counts the same, whatever its size.
+
+        Raises:
+            NonFiniteError: a gradient has NaN or infinite entries.
+        """
+        bad = [site.name for site, sketch in self.sketches.items() if not bool(sketch.isfinite().all())]
+        if bad:
+            raise NonFiniteError("gradients of the warm-up are not finite", problems=bad[:20],
+                                 hint="Look at the first batches and at the base's precision.")
         found: dict[int, tuple[Basis, list[Tensor]]] = {}
         for site, sketch in self.sketches.items():
             basis = self.deltas[site].held[0]
