@@ -99,10 +99,10 @@ class _Callback(TrainerCallback):
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         self.called += 1
+        if self.first is not None:
+            self.first.after_step()  # before controllers: what they set back to zero did change
         for controller in self.controllers:
             controller.after_step(state.global_step + 1)
-        if self.first is not None:
-            self.first.after_step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         if self.controllers and state.is_world_process_zero:
