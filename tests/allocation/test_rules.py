@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaloom.allocation import RULES, Scores, keep_within, relative_scores
@@ -40,6 +40,7 @@ def scaled(scores, by):
     return Scores(scores.now * by, scores.before * by, scores.costs, scores.allowed, scores.target)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 2.5]), min_size=1, max_size=12), st.data())
 def test_with_equal_costs_the_budget_keeps_exactly_the_best(now, data):
     number = data.draw(st.integers(1, len(now)))
@@ -57,6 +58,7 @@ def test_equal_scores_do_not_all_fall():
     assert kept("budget", scores_of([1, 2, 3], allowed=3)).all()
 
 
+@settings(max_examples=50, deadline=None)
 @given(cases(), st.sampled_from(sorted(RULES)))
 def test_one_component_stays_and_no_more_than_allowed(scores, rule):
     priority, most = RULES[rule](scores)
@@ -82,18 +84,21 @@ def test_costs_count():
     assert kept("budget", scores_of([6.0, 5.0, 8.0, 1.0], costs=[3, 1, 6, 1], allowed=10)).tolist() == [True, True, True, False]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(2, 40))
 def test_sums_of_costs_that_are_just_allowed_fit_in_spite_of_rounding(n):
     costs = [0.1] * n
     assert kept("budget", scores_of([1.0] * n, costs=costs, allowed=0.1 * n)).all()
 
 
+@settings(max_examples=50, deadline=None)
 @given(cases(), st.sampled_from(["share", "effective", "capped", "budget"]), st.integers(-8, 8))
 def test_the_size_of_the_gradients_does_not_matter(scores, rule, exponent):
     """Both score vectors times one number (a power of two: exact)."""
     assert torch.equal(kept(rule, scores), kept(rule, scaled(scores, 2.0**exponent)))
 
 
+@settings(max_examples=50, deadline=None)
 @given(cases())
 def test_share_keeps_what_reaches_a_tenth_of_the_previous_mean(scores):
     before = scores.before if bool((scores.before > 0).any()) else scores.now
@@ -116,12 +121,14 @@ def test_previous_scores_are_used():
     torch.testing.assert_close(relative_scores(later), (later.now / later.now.sum() + later.before / 9) / 2)
 
 
+@settings(max_examples=50, deadline=None)
 @given(sizes, st.floats(1e-3, 1e3))
 def test_effective_keeps_all_of_equal_scores(n, value):
     assert kept("effective", scores_of([value] * n)).all()
     assert kept("effective", scores_of([0.0] * n)).all()
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(2, 12), st.data())
 def test_effective_keeps_about_one_of_a_dominating_score(n, data):
     large = data.draw(st.integers(0, n - 1))
@@ -130,6 +137,7 @@ def test_effective_keeps_about_one_of_a_dominating_score(n, data):
     assert kept("effective", scores_of([float(index == large) for index in range(n)])).sum() == 1
 
 
+@settings(max_examples=50, deadline=None)
 @given(cases())
 def test_effective_is_the_exponential_of_the_entropy(scores):
     shares = relative_scores(scores).tolist()
@@ -137,6 +145,7 @@ def test_effective_is_the_exponential_of_the_entropy(scores):
     assert int(kept("effective", scores).sum()) == math.ceil(count - 1e-9)
 
 
+@settings(max_examples=50, deadline=None)
 @given(cases())
 def test_capped_lies_between_the_end_of_the_schedule_and_what_it_allows(scores):
     _, most = RULES["capped"](scores)

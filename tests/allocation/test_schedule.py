@@ -1,7 +1,9 @@
 """The budget over time: its formula, its ends, its decisions, and runs that are too short for it."""
 
+from itertools import pairwise
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaloom.allocation import Schedule
@@ -18,18 +20,20 @@ def schedule_of(total, start, end, every=None):
         return None
 
 
+@settings(max_examples=50, deadline=None)
 @given(**RUNS, initial=st.floats(1, 1e6), share=st.floats(0.01, 1))
 def test_the_budget_falls_from_one_end_to_the_other(total, start, end, initial, share):
     schedule, target = schedule_of(total, start, end), initial * share
     if schedule is None:
         return
     values = [schedule.budget(step, initial, target) for step in range(total + 1)]
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(values))
     assert set(values[:schedule.start + 1]) == {initial}
     assert set(values[schedule.last:]) == {target}
     assert values[schedule.last - 1] > target or initial == target or schedule.last - 1 == schedule.start or share > 0.999
 
 
+@settings(max_examples=50, deadline=None)
 @given(**RUNS, every=st.one_of(st.none(), st.integers(1, 50)))
 def test_decisions_lie_after_the_start_on_the_interval_and_one_is_the_last(total, start, end, every):
     schedule = schedule_of(total, start, end, every)

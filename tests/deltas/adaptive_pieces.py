@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import torch
@@ -26,12 +26,6 @@ def ranks(tuned: Tuned) -> dict[str, int]:
 def kept(tuned: Tuned) -> dict[str, int]:
     """Components that are not masked, by site."""
     return {site.name: int(delta.triplets.mask.sum()) for site, delta in tuned.pairs() if isinstance(delta, AdaLoraDelta)}
-
-
-def set_masks(tuned: Tuned, masks: list[list[bool]]) -> None:
-    """Masks as a decision leaves them, of the first sites in order; coefficients that say something."""
-    for (_, delta), mask in zip(tuned.pairs(), masks, strict=False):
-        delta.triplets.mask.copy_(torch.tensor(mask))
 
 
 class Watched:
@@ -66,7 +60,7 @@ class Both:
     PEFT's frozen rank numbers parameters that would train too.
     """
 
-    SUFFIX = {"down": "lora_A", "core": "lora_E", "up": "lora_B"}
+    SUFFIX: ClassVar[dict[str, str]] = {"down": "lora_A", "core": "lora_E", "up": "lora_B"}
 
     def __init__(self, *, total: int = 30, start: int = 4, end: int = 10, every: int = 3, orthogonality: float = 0.5,
                  learning_rate: float = 1e-2) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaloom.checkpoint import native
+from deltaloom.checkpoint.convert import put_back, to_lora
 from deltaloom.checkpoint.peft import load_peft, write_peft
 from deltaloom.deltas.adalora import AdaLoRA
 from deltaloom.deltas.base import keep_rows
@@ -157,13 +158,37 @@ def test_a_pattern_over_rows_that_are_still_there_masks_them(written):
     assert kept(tuned)[PATHS[0]] == 1 and ranks(tuned)[PATHS[0]] == 2
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_plain_low_rank_delta_computes_the_same(removed):
+    """Layers that kept nothing have no part in it."""
+    tuned = ours(removed)
+    expected = logits(tuned)
+    converted = to_lora(tuned)
+    assert converted.relative_error == 0
+    if removed:
+        assert [path for part in converted.saved.methods for path in part.sites] == [PATHS[0], PATHS[2], PATHS[3]]
+    torch.testing.assert_close(logits(put_back(toy("llama"), converted)), expected, rtol=1e-6, atol=1e-6)
+    cut = to_lora(ours(removed), rank=1)
+    assert 0 < cut.relative_error < 1
+
+
+def test_a_delta_of_nothing_at_all_converts_too():
+    tuned = attach(toy("llama"), [AdaLoRA(rank=1, targets="q")])
+    for _, delta in tuned.pairs():
+        delta.triplets.keep(torch.zeros(0, dtype=torch.long), keep_rows)
+    tuned.eval()
+    converted = to_lora(tuned)
+    assert converted.relative_error == 0
+    assert torch.equal(logits(put_back(toy("llama"), converted)), logits(tuned))
+
+
 # ---- our own files ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("removed", [False, True])
 def test_our_own_file_keeps_ranks_and_masks(removed, tmp_path):
     tuned = ours(removed)
     native.save(tuned, tmp_path / "d", base={"source": "toy", "fingerprint": "f" * 64})
-    saved, record = native.read(tmp_path / "d")
+    saved, _ = native.read(tmp_path / "d")
     back = restore(toy("llama"), saved)
     torch.testing.assert_close(logits(back), logits(tuned), rtol=0, atol=0)
     assert ranks(back) == ranks(tuned) and list(kept(back).values()) == [2, 0, 3, 1]

@@ -37,7 +37,7 @@ def told(log, after):
         (event.step, event.ranks, event.importance, event.parameters) for event in log.of(RankChanged) if event.step > after]
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 5, 7, 8, 9, 11, 12])
+@pytest.mark.parametrize("step", [1, 4, 5, 7, 8, 9, 12])
 def test_resumed_at_every_kind_of_moment_it_ends_bit_for_bit_the_same(whole, step):
     """Before the first decision, after it, between two, before the removal, right after it, in the last part, at the end."""
     name, folder, expected, events = whole
@@ -102,7 +102,7 @@ def test_a_best_step_after_the_removal_needs_no_warning(tmp_path):
 
 
 def test_a_checkpoint_of_another_method_is_refused(whole):
-    name, folder, _, _ = whole
+    _, folder, _, _ = whole
     tuned = attach(small(), [AdaLoRA(rank=1, reserve=3, targets="o"), LoRA(rank=2, targets="q")], seed=3)
     before = state_of(tuned)
     with pytest.raises(CheckpointError, match="does not fit"):
@@ -120,7 +120,7 @@ def test_sgd_with_momentum_too(tmp_path):
 
 
 def test_averages_and_masks_in_a_checkpoint_are_those_of_the_run(whole):
-    name, folder, _, _ = whole
+    _, folder, _, _ = whole
     parts = read_checkpoint(folder / "step-5").parts
     (state,) = parts["controllers"]
     assert (state["step"], state["decisions"], state["compact"]) == (5, 1, False)

@@ -242,7 +242,7 @@ class Run:
             raise Interrupted(f"interrupted at step {progress.step} of {progress.total_steps}", hint=where)
         if self.settings.restore_best:
             self._restore_best()
-        for controller in self.controllers if progress.step else ():
+        for controller in self.controllers:
             controller.finish()
         return TrainResult(step=progress.step, total_steps=progress.total_steps, epochs=progress.epochs, reason=reason,
                            seconds=progress.seconds, evaluation_seconds=self.evaluation_seconds, tokens=progress.tokens,
