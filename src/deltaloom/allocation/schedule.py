@@ -30,15 +30,17 @@ class Schedule:
         Without `every` it is a two-hundredth of the run, at least 10 steps.
 
         Raises:
-            SettingsError: the run is too short for a single decision before the last one.
+            SettingsError: the run is too short for a decision that has seen a gradient, or for two decisions that far apart.
         """
-        first, last = int(total * start), int(total * end)
+        first, last = int(total * start + 1e-9), int(total * end + 1e-9)
         steps = total - first - last
         chosen = max(10, total // 200) if every is None else every
-        if total < 1 or steps < 1 or (every is not None and every > steps):
+        # the last decision looks at the gradients of the steps before it: at step 1 there are none
+        if steps < 1 or total - last < 2 or (every is not None and every > steps):
             raise SettingsError("the schedule of ranks is longer than the run",
                                 got=f"{total} optimizer steps: {first} before the first decision, {last} after the last, one "
-                                    f"every {chosen}", legal=f"every <= {max(steps, 1)}, start + end < 1",
+                                    f"every {chosen}", legal=f"every <= {max(steps, 1)}, start + end < 1, and 2 steps up to the "
+                                "last decision",
                                 hint="Train for more steps, or lower start, end or every.")
         return cls(total, first, last, chosen)
 

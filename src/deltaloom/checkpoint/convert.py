@@ -174,6 +174,9 @@ def _dense_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]], whole: bo
 def _truncated(pairs: Mapping[str, _Pair], rank: int | None, heads: Iterable[tuple[SavedMethod, dict[str, Tensor]]]) -> Converted:
     """One low-rank method with these factors (scale 1), cut to a rank, and the heads behind it."""
     missing = total = 0.0
+    some = {path: pair for path, pair in pairs.items() if len(pair.down)}  # adaptive ranks leave some layers nothing
+    pairs = some or {path: _Pair(pair.down.new_zeros(1, pair.down.shape[1]), pair.up.new_zeros(len(pair.up), 1))
+                     for path, pair in pairs.items()}
     kept: dict[str, _Pair] = {}
     for path, pair in pairs.items():
         if not pair.down.shape[0]:  # nothing is left of this layer's change; a rank is 1 at least

@@ -132,12 +132,12 @@ class RankController(Controller):
         self.compact = False
         self.initial = float(self._costs().sum())
         self.previous = torch.zeros(len(self._costs()), dtype=torch.float64)
-        self.importance: Importance | None = None
-        if policy is not None:
-            if policy.target > self.initial * (1 + 1e-9):
-                raise SettingsError("the budget is more than what training starts with", got=f"{policy.target:.0f}",
-                                    legal=f"at most {self.initial:.0f}", hint="Raise reserve, or lower rank.")
-            self.importance = self._importance(policy)
+        self.importance = self._importance(policy) if policy is not None else None
+
+    @property
+    def target(self) -> float:
+        """What components may cost at the end: of a delta that goes on from an earlier run, no more than it has."""
+        return self.initial if self.policy is None else min(self.policy.target, self.initial)
 
     def after_step(self, step: int) -> None:
         """Note importance, decide when it is time, keep vectors orthonormal."""
@@ -160,19 +160,19 @@ class RankController(Controller):
         """Remove what is masked.
 
         Raises:
-            DeltaloomError: the whole run has passed without a decision.
+            DeltaloomError: the run has passed without this controller.
         """
-        if self.policy is None or self.compact:
+        if self.policy is None:
             return
-        if self.step >= self.plan.total_steps and not self.decisions:
-            raise DeltaloomError("ranks were never decided", got=f"{self.step} steps",
+        if not self.step:
+            raise DeltaloomError("ranks were never decided", got="no call of after_step",
                                  hint="Call the controllers' after_backward and after_step around every optimizer step.")
-        self._silence()
+        self._silence()  # also after the last decision: an earlier state may have been taken back
         self._remove(keep_rows)
         kept = float(self._costs().sum())
-        if kept > self.policy.target * (1 + 1e-9):
-            self.plan.emit(Warned(kind="budget", message=f"training ended before the last decision on ranks: {kept:.0f} of the "
-                                  f"budget's unit are kept instead of {self.policy.target:.0f}"))
+        if kept > self.target * (1 + 1e-9) and len(self._units().unique()) > 1:  # one component stays whatever it costs
+            self.plan.emit(Warned(kind="budget", message="the delta is of a step before the last decision on ranks: it keeps "
+                                  f"{kept / self.target:.3g} times the budget, {kept:.0f} instead of {self.target:.0f}"))
 
     # ---- deciding -----------------------------------------------------------------------------------------------
 
@@ -182,8 +182,8 @@ class RankController(Controller):
         count = int(unit.max()) + 1
         now, before, cost = (torch.zeros(count, dtype=torch.float64).index_add_(0, unit, values)
                              for values in (scores * weight, self.previous * weight, costs))
-        allowed = policy.schedule.budget(step, self.initial, policy.target)
-        priority, most = RULES[policy.rule](Scores(now, before, cost, allowed, policy.target))
+        allowed = policy.schedule.budget(step, self.initial, self.target)
+        priority, most = RULES[policy.rule](Scores(now, before, cost, allowed, self.target))
         kept = keep_within(priority, cost, most)[unit]
         self.previous = scores
         self.decisions += 1

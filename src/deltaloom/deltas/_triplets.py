@@ -106,8 +106,15 @@ class Triplets(nn.Module):
         self.mask, self.block, self._blocks = self.mask[components], self.block[components], None
 
     def fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Have as many rows and components as saved tensors of these shapes have; their values are still to be loaded."""
+        """Have as many rows and components as saved tensors of these shapes have; their values are still to be loaded.
+
+        Of tensors that do not belong together nothing is taken: the misfit is an error later.
+        """
         device = self.core.device
+        rows, components = ({shapes[name][:1] for name in names if name in shapes}
+                            for names in (("up", "down", "owner"), ("core", "mask", "block")))
+        if len(rows) != 1 or len(components) != 1 or ("owner" not in shapes and rows != components):
+            return
         for name, tensor in self.state_dict(keep_vars=True).items():
             shape = shapes.get(name, ())
             if len(shape) == tensor.ndim and shape[1:] == tuple(tensor.shape[1:]) and shape != tuple(tensor.shape):

@@ -15,8 +15,9 @@ triplets no longer pull on the others through the penalty; what is saved has its
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -110,8 +111,11 @@ class AdaLoRA(AdaptiveMethod):
     def controller(self, attachment: Attachment, plan: StepPlan) -> Controller | None:
         """Ranks under one budget over all sites, counted in ranks as in the paper."""
         schedule = Schedule.of_run(plan.total_steps, self.start, self.end, self.every)
-        pools = [_pool(site, delta.triplets) for site, delta in attachment.deltas.items() if isinstance(delta, AdaLoraDelta)]
-        policy = Policy("budget", self.importance, self.beta1, self.beta2, schedule, int(self.rank * len(pools)), "layer")
+        names = _group_names(list(attachment.deltas))
+        pools = [_pool(site, names[site], delta.triplets) for site, delta in attachment.deltas.items()
+                 if isinstance(delta, AdaLoraDelta)]
+        target = max(1, int(self.rank * len(pools) + 1e-9))
+        policy = Policy("budget", self.importance, self.beta1, self.beta2, schedule, target, "layer")
         return RankController(pools, policy, plan)
 
     def fit(self, attachment: Attachment, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -162,23 +166,51 @@ class AdaLoRA(AdaptiveMethod):
         if problems:
             raise CheckpointError("lora_A, lora_E and lora_B are not (r, d_in), (r, 1) and (d_out, r)", problems=problems[:20])
         config, ranks = adapter.config, [len(found["core"][path]) for path in paths]
-        initial = max(int(config.get("init_r", 12)), 1, *ranks)
-        rank = min(float(config.get("target_r", 8)), initial)
+        initial = max(_rank(config, "init_r", 12), *ranks)
+        rank = min(_rank(config, "target_r", 8), initial)
         method = cls.parse({"rank": rank, "reserve": initial / rank, "alpha": config.get("lora_alpha", 8),
                             "dropout": config.get("lora_dropout") or 0.0, "orthogonality": config.get("orth_reg_weight", 0.5),
                             "beta1": config.get("beta1", 0.85), "beta2": config.get("beta2", 0.85),
                             "targets": peft_targets(config, cls, model, paths)}, "adapter_config.json")
         state = {sites[path].name: {
             "triplets.down": found["down"][path], "triplets.core": found["core"][path],
-            "triplets.up": found["up"][path].T.contiguous(), "triplets.mask": torch.ones(rank, dtype=torch.bool)}
-            for path, rank in zip(paths, ranks, strict=True)}
+            "triplets.up": found["up"][path].T.contiguous(), "triplets.mask": _kept(config.get("rank_pattern"), path, rows)}
+            for path, rows in zip(paths, ranks, strict=True)}
         return PeftReading(method, state, frozenset(path + suffix for path in paths for suffix in SUFFIXES.values()))
 
 
-def _pool(site: Site, triplets: Triplets) -> Pool:
+def _group_names(sites: Sequence[Site]) -> dict[Site, str]:
+    """The group that each site is shown in: role and shape, and its place in the block where a block has several such."""
+    names = {site: f"{site.role} {site.d_out}x{site.d_in}" for site in sites}
+    counts = Counter((names[site], site.layer) for site in sites)
+    several = {name for (name, _), count in counts.items() if count > 1}
+    return {site: f"{name} {site.stack} {site.path.removeprefix(f'{site.stack}.{site.layer}.')}" if name in several else name
+            for site, name in names.items()}
+
+
+def _pool(site: Site, group: str, triplets: Triplets) -> Pool:
     layer = site.layer or 0
-    return Pool(triplets, f"{site.role} {site.d_out}x{site.d_in}", row=lambda: torch.full_like(triplets.block, layer),
+    return Pool(triplets, group, row=lambda: torch.full_like(triplets.block, layer),
                 costs=lambda: torch.ones(len(triplets.core), dtype=torch.float64))
+
+
+def _rank(config: Mapping[str, Any], key: str, default: int) -> int:
+    found = config.get(key, default)
+    if not isinstance(found, int) or found < 1:
+        raise CheckpointError(f"adapter_config.json: {key} is no rank", got=found, legal="a whole number from 1")
+    return found
+
+
+def _kept(pattern: object, path: str, rows: int) -> Tensor:
+    """The mask of a file's rows: PEFT removes what its pattern drops when it saves; a pattern of as many rows masks them."""
+    found = pattern.get(path + SUFFIXES["core"]) if isinstance(pattern, Mapping) else None
+    if not isinstance(found, list) or sum(map(bool, found)) == rows:
+        return torch.ones(rows, dtype=torch.bool)
+    if len(found) != rows:
+        raise CheckpointError("rank_pattern does not fit the tensors",
+                              got=f"{path}: {sum(map(bool, found))} of {len(found)} kept", legal=f"{rows} rows, as in the file",
+                              hint="The file is damaged, or was put together by hand.")
+    return torch.tensor(found, dtype=torch.bool)
 
 
 def _fits(down: Tensor, core: Tensor, up: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from deltaloom.checkpoint import native
 from deltaloom.checkpoint.peft import write_peft
 from deltaloom.checkpoint.record import read_record
-from deltaloom.deltas.base import method_record
+from deltaloom.deltas.base import StepPlan, method_record
 from deltaloom.errors import RefusedError, SettingsError, did_you_mean
 from deltaloom.evaluate.base import Prediction
 from deltaloom.events import Attached, DataRead, Emitter, JsonLines, Sampled, Sink, Warned, finite
@@ -37,7 +37,7 @@ from deltaloom.sites import all_sites
 from deltaloom.train.checkpoints import Checkpoint, latest_checkpoint
 from deltaloom.train.feed import ExampleFeed
 from deltaloom.train.loop import check_no_evaluation, train
-from deltaloom.train.progress import Goal
+from deltaloom.train.progress import Goal, planned_steps
 from deltaloom.train.resume import check_same
 from deltaloom.train.run import TrainResult
 from deltaloom.tuned import Tuned, attach, restore
@@ -76,6 +76,9 @@ def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = 
         raise SettingsError("train.metric names no metric of this task", got=_goal(prepared)[0], legal=before.scores.metrics,
                             hint=did_you_mean(_goal(prepared)[0], before.scores.metrics))
     tuned = attached(prepared)
+    planned = planned_steps(parts.train, _feed(prepared))
+    if planned is not None:
+        tuned.controllers(StepPlan(planned))  # raises where the run is too short for them, before anything is removed
     early: list[Any] = []
     checkpoint = latest_checkpoint(folder / "checkpoints", Emitter([early.append])) if resume else None
     if checkpoint is not None:

@@ -123,9 +123,9 @@ class FirstSteps:
         if idle:
             message = f"layers that were not called, so that their deltas have no effect: {listed(idle)}"
             self.emit(Warned(kind="never-ran", message=message, count=len(idle)))
-        missing = [name for name, parameter in self.parameters.items() if parameter.grad is None]
+        missing = [name for name, parameter in self.parameters.items() if parameter.grad is None and parameter.numel()]
         self.without_gradient.update(missing)
-        if len(missing) == len(self.parameters):
+        if all(parameter.grad is None for parameter in self.parameters.values()):
             raise DeltaloomError("no trainable parameter got a gradient in the first step", got=listed(missing, 6),
                                  hint="The loss does not depend on the deltas: look at the targets of the methods.")
         if missing:
@@ -144,7 +144,9 @@ class FirstSteps:
         if all(same):
             raise DeltaloomError("two optimizer steps changed no trainable parameter",
                                  hint="Every gradient is zero, or train.learning_rate is too small for float32.")
-        idle = [name for name, equal in zip(self.parameters, same, strict=True) if equal and name not in self.without_gradient]
+        idle = [name for (name, parameter), equal in zip(self.parameters.items(), same, strict=True)
+                if equal and parameter.numel() and name not in self.without_gradient]
+        self.parameters = {}  # what a controller replaces later is not to be kept in memory
         if idle:
             message = f"parameters that two steps did not change, although they have gradients: {listed(idle)}"
             self.emit(Warned(kind="unchanged", message=message, count=len(idle)))

@@ -50,6 +50,7 @@ class _Callback(TrainerCallback):
         self.first: FirstSteps | None = None
         self.called = 0
         tuned.register_state_dict_post_hook(keep_deltas_only)
+        tuned.register_load_state_dict_pre_hook(_fit_ranks)
         tuned.register_load_state_dict_post_hook(_miss_deltas_only)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
@@ -98,10 +99,10 @@ class _Callback(TrainerCallback):
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         self.called += 1
+        if self.first is not None:
+            self.first.after_step()  # before controllers: what they set back to zero did change
         for controller in self.controllers:
             controller.after_step(state.global_step + 1)
-        if self.first is not None:
-            self.first.after_step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         if self.controllers and state.is_world_process_zero:
@@ -141,6 +142,18 @@ def _miss_deltas_only(module: nn.Module, keys: Any) -> None:
     """The frozen model's tensors are not missing from a checkpoint of deltas; the Trainer stumbles over missing ones."""
     kept = module.state_dict()
     keys.missing_keys[:] = [key for key in keys.missing_keys if key in kept]
+
+
+def _fit_ranks(module: nn.Module, state: Mapping[str, Any], prefix: str, *others: Any) -> None:
+    """A checkpoint may be of a time when adaptive ranks were others: the deltas take its sizes before its values come."""
+    names: dict[int, list[str]] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        names.setdefault(id(part), []).append(f"{prefix}{name}.")
+    for lane in module.lanes.values() if isinstance(module, Tuned) else ():
+        for attached in lane:
+            shapes = {f"{place}:{key.removeprefix(start)}": tuple(value.shape) for place, part in attached.named_deltas()
+                      for start in names.get(id(part), ()) for key, value in state.items() if key.startswith(start)}
+            attached.method.fit(attached.attachment, shapes)
 
 
 def _delta_places(tuned: nn.Module) -> tuple[str, ...]:

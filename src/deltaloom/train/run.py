@@ -129,12 +129,12 @@ class Run:
             clip_gradients(parameters, settings.clip, norm)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
+        self.first.after_step()  # before controllers: what they set back to zero did change
         for controller in self.controllers:
             controller.after_step(step)
         if not self.parameters:
             self.parameters = self.tuned.delta_parameters()
         self.optimizer.zero_grad()
-        self.first.after_step()
         progress.step, progress.index, progress.tokens = step, progress.index + 1, progress.tokens + tokens
 
     def _backward(self, micro: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor | float, list[Batch]]:
