@@ -93,7 +93,7 @@ class TensorGroup(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered of this object's tensors: those of a copy count their versions anew."""
-        return super().__getstate__() | {"_reach": {}}
+        return super().__getstate__() | {"_known": {}}
 
     def index(self) -> Tensor:
         """The index of each component within its frequency, (E,)."""
