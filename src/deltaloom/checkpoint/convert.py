@@ -179,9 +179,6 @@ def _truncated(pairs: Mapping[str, _Pair], rank: int | None, heads: Iterable[tup
                      for path, pair in pairs.items()}
     kept: dict[str, _Pair] = {}
     for path, pair in pairs.items():
-        if not pair.down.shape[0]:  # nothing is left of this layer's change; a rank is 1 at least
-            kept[path] = _Pair(pair.down.new_zeros(1, pair.down.shape[1]), pair.up.new_zeros(len(pair.up), 1))
-            continue
         if rank is None or pair.down.shape[0] <= rank:
             kept[path] = pair
             total += float(((pair.up.double().T @ pair.up.double()) * (pair.down.double() @ pair.down.double().T)).sum())
