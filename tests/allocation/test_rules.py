@@ -128,6 +128,11 @@ def test_effective_keeps_all_of_equal_scores(n, value):
     assert kept("effective", scores_of([0.0] * n)).all()
 
 
+@pytest.mark.parametrize("n", range(1, 30))
+def test_effective_counts_equal_scores_in_spite_of_rounding(n):
+    assert kept("effective", scores_of([0.3] * n + [0.0] * 5)).tolist() == [True] * n + [False] * 5
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 12), st.data())
 def test_effective_keeps_about_one_of_a_dominating_score(n, data):
@@ -157,6 +162,7 @@ def test_capped_lies_between_the_end_of_the_schedule_and_what_it_allows(scores):
 def test_order_is_stable():
     mask = keep_within(torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0]), torch.ones(5), 3)
     assert mask.tolist() == [True, True, False, True, False]
+    assert keep_within(torch.ones(50_000), torch.ones(50_000), 100).nonzero().squeeze(1).tolist() == list(range(100))
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))

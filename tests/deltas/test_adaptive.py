@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from deltaloom.allocation import Schedule
-from deltaloom.deltas._adaptive import RankController
+from deltaloom.deltas._adaptive import Policy, RankController
 from deltaloom.deltas.adalora import AdaLoRA, _pool
 from deltaloom.deltas.base import StepPlan
 from deltaloom.deltas.lora import LoRA
@@ -52,8 +52,6 @@ def own_loop(tuned, *, steps=12, remove, hold=False, each=lambda step: None):
 def outputs(tuned):
     return tuned(**toy_batch("gpt2", labels=False)).logits
 
-
-# ---- removal ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_step_that_removes_changes_no_output(training):
@@ -142,8 +140,6 @@ def test_without_a_way_to_remove_masks_stay_until_the_end():
     assert ranks(tuned) == kept(tuned) and sum(ranks(tuned).values()) == 8
 
 
-# ---- budgets, growth ------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize(("rank", "total"), [(1, 8), (0.5, 4), (0.05, 1), (1.5, 12), (3, 24)])
 def test_the_budget_is_met_exactly_and_events_tell_it(rank, total):
     tuned, log = adaptive(rank=rank, reserve=max(1.0, 3 / rank)), Log()
@@ -199,8 +195,6 @@ def test_continuing_with_fewer_components_than_the_budget_keeps_them():
     assert sum(ranks(tuned).values()) == 7 and not log.of(Warned)
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------------
-
 def test_one_batch_or_eight_parts_of_it_give_the_same_scores():
     found = []
     for micro in (10_000, 1):
@@ -236,8 +230,6 @@ def test_the_same_run_twice_is_the_same_bit_for_bit():
     assert_same(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1]
 
-
-# ---- what goes wrong -------------------------------------------------------------------------------------------------------
 
 def test_a_gradient_that_is_no_number_reaches_no_average():
     tuned = adaptive()
@@ -281,6 +273,17 @@ def test_a_controller_that_nobody_calls_is_an_error():
     (controller,) = tuned.controllers(StepPlan(12, Emitter()))
     with pytest.raises(DeltaloomError, match=r"never decided.*after_step"):
         controller.finish()
+
+
+def test_one_component_stays_without_a_warning_where_none_is_paid_for():
+    tuned, log = adaptive(), Log()
+    pools = [_pool(site, "group", delta.triplets) for site, delta in tuned.pairs()]
+    policy = Policy("budget", "gradient", 0.85, 0.85, Schedule.of_run(4, 0.0, 0.25, 1), 0.3, "layer")
+    controller = RankController(pools, policy, StepPlan(4, log.emit))
+    for step in range(1, 5):
+        controller.after_step(step)
+    controller.finish()
+    assert sum(ranks(tuned).values()) == 1 and not log.of(Warned)
 
 
 def test_a_controller_without_a_policy_only_keeps_vectors_orthonormal():

@@ -70,7 +70,7 @@ def test_its_checkpoints_resume_the_same(whole, step):
     trained(tuned, folder, resume=step, save_strategy="no")
     assert ranks(tuned) == sizes and 0 in sizes.values()
     assert_same(state_of(tuned), expected)
-    assert watched.controller.target == len(sizes) and watched.controller.initial == 3 * len(sizes)
+    assert watched.controller.policy.target == len(sizes) and watched.controller.initial == 3 * len(sizes)
 
 
 def test_the_best_delta_may_be_of_other_ranks(tmp_path):

@@ -134,11 +134,6 @@ class RankController(Controller):
         self.previous = torch.zeros(len(self._costs()), dtype=torch.float64)
         self.importance = self._importance(policy) if policy is not None else None
 
-    @property
-    def target(self) -> float:
-        """What components may cost at the end: of a delta that goes on from an earlier run, no more than it has."""
-        return self.initial if self.policy is None else min(self.policy.target, self.initial)
-
     def after_step(self, step: int) -> None:
         """Note importance, decide when it is time, keep vectors orthonormal."""
         self.step = step
@@ -167,12 +162,11 @@ class RankController(Controller):
         if not self.step:
             raise DeltaloomError("ranks were never decided", got="no call of after_step",
                                  hint="Call the controllers' after_backward and after_step around every optimizer step.")
-        self._silence()  # also after the last decision: an earlier state may have been taken back
-        self._remove(keep_rows)
-        kept = float(self._costs().sum())
-        if kept > self.target * (1 + 1e-9) and len(self._units().unique()) > 1:  # one component stays whatever it costs
+        self._remove(keep_rows)  # also after the last decision: an earlier state may have been taken back
+        kept, target = float(self._costs().sum()), self.policy.target
+        if kept > target * (1 + 1e-9) and len(self._units().unique()) > 1:  # one component stays whatever it costs
             self.plan.emit(Warned(kind="budget", message="the delta is of a step before the last decision on ranks: it keeps "
-                                  f"{kept / self.target:.3g} times the budget, {kept:.0f} instead of {self.target:.0f}"))
+                                  f"{kept / target:.3g} times the budget, {kept:.0f} instead of {target:.0f}"))
 
     # ---- deciding -----------------------------------------------------------------------------------------------
 
@@ -182,8 +176,8 @@ class RankController(Controller):
         count = int(unit.max()) + 1
         now, before, cost = (torch.zeros(count, dtype=torch.float64).index_add_(0, unit, values)
                              for values in (scores * weight, self.previous * weight, costs))
-        allowed = policy.schedule.budget(step, self.initial, self.target)
-        priority, most = RULES[policy.rule](Scores(now, before, cost, allowed, self.target))
+        allowed = policy.schedule.budget(step, self.initial, policy.target)
+        priority, most = RULES[policy.rule](Scores(now, before, cost, allowed, policy.target))
         kept = keep_within(priority, cost, most)[unit]
         self.previous = scores
         self.decisions += 1
