@@ -59,6 +59,7 @@ def test_layers_of_which_nothing_is_left_are_left_out_of_the_export():
 def test_a_copy_keeps_layers_and_group_together(name):
     tuned = tuned_of(name, dtype=torch.float32)
     before = logits(tuned, "bert")
+    assert not torch.allclose(before, logits(deep_bert(), "bert"))
     copied = copy.deepcopy(tuned)
     assert torch.equal(logits(copied, "bert"), before)
     for group in groups_of(copied).values():

@@ -241,21 +241,17 @@ def test_data_is_the_eigenvectors_of_the_gradients_gram_matrix(layout):
     assert any(not torch.equal(before[key], tensor) for key, tensor in state(tuned).items())
 
 
-def test_sketches_of_wide_layers_give_the_gram_matrix_within_their_error():
+def test_sketches_of_wide_layers_tell_independent_gradients_apart():
+    """Of 96 inputs 64 random directions are looked at: gradients that are nearly orthogonal stay so, in order of size."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(96, 96) for _ in range(4)))
-    x = torch.randn(32, 96)
-    gradient = weight_gradients(model, lambda each, x: each(x).square().sum(), [x])
-    tuned = attach(model, [TSVD(rank=1, transform="data", targets="all", warm_up_batches=1)])
-    warm_up(tuned, [x], lambda each: tuned(each).square().sum(), Emitter())
+    tuned = attach(nn.Sequential(*(nn.Linear(96, 20) for _ in range(4))), [TSVD(rank=1, transform="data", targets="all")])
+    watch, = tuned.warm_ups()
+    for size, (site, _) in zip((1, 4, 0.25, 16), tuned.pairs(), strict=True):
+        watch.observe(site, torch.randn(30, 96), size * torch.randn(30, 20))
+    watch.finish()
     group, = groups_of(tuned).values()
-    stack = torch.stack([gradient[f"{site.path}.weight"].flatten() for site, _ in tuned.pairs()])
-    gram = stack @ stack.T
-    rows = group.weights.double()
-    torch.testing.assert_close(rows @ rows.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-6)
-    values, exact = (rows @ gram @ rows.T).diagonal(), torch.linalg.eigvalsh(gram).flip(0)
-    assert float((values - exact).abs().sum()) < 0.3 * float(exact.sum())
-    assert float(values[0]) > 0.9 * float(exact[0])
+    expected = torch.eye(4)[[3, 1, 0, 2]]
+    torch.testing.assert_close(group.weights.abs(), expected, rtol=0, atol=0.1)
 
 
 def test_a_layer_without_gradients_counts_as_having_zeros_and_infinite_ones_are_refused():

@@ -254,6 +254,7 @@ def test_bases_are_pulled_towards_orthonormal_rows_and_gradients_do_not_know():
 def test_a_copy_keeps_layers_and_bases_together(layout):
     tuned = tuned_of(layout)
     before = logits(tuned, layout)
+    assert not torch.allclose(before, logits(toy(layout), layout))
     copied = copy.deepcopy(tuned)
     assert torch.equal(logits(copied, layout), before)
     with torch.no_grad():
