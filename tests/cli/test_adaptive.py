@@ -43,6 +43,7 @@ def test_a_run_ends_smaller_than_it_began(run_folder):
 def test_inspect_shows_every_layers_rank(run_folder, command):
     found = command.json("inspect", run_folder / "run")
     (last,) = events(run_folder / "run", "RankChanged")[-1:]
+    assert found["parameters"] == last["parameters"]
     sites = found["sites"]
     assert sorted(site["rank"] for site in sites) == sorted(rank for rows in last["ranks"].values() for rank in rows)
     assert len({site["rank"] for site in sites}) > 1

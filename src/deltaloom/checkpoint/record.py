@@ -113,8 +113,8 @@ class DeltaFacts:
 
     @property
     def parameters(self) -> int:
-        """Elements of all saved tensors; those that several deltas share once."""
-        return sum(info.elements for info in self.header.tensors.values())
+        """Elements of all saved tensors of numbers; those that several deltas share once. Masks and indices do not count."""
+        return sum(info.elements for info in self.header.tensors.values() if info.dtype.startswith(("F", "BF")))
 
 
 def read_record(folder: Path) -> DeltaRecord:
