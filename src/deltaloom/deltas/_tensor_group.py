@@ -86,8 +86,9 @@ class TensorGroup(nn.Module):
         self.layers, self.scale = layers, scale * site.d_out ** 0.5
         self.cost = site.d_out + site.d_in + 1
         self.triplets = _initial(start, rank, site, context)
-        self.register_buffer("weights", start.weights.float())
-        self.register_buffer("turns", None if start.turns is None else start.turns.float())
+        # saved where it was found from data; the others follow from the number of layers
+        self.register_buffer("weights", start.weights.float(), persistent=transform == "data")
+        self.register_buffer("turns", None if start.turns is None else start.turns.float(), persistent=False)
         self.skew = nn.Parameter(torch.zeros(layers * (layers - 1) // 2)) if transform == "learned" and layers > 1 else None
         self._known: dict[int, tuple[tuple[object, ...], _Reach]] = {}
 
@@ -126,8 +127,7 @@ class TensorGroup(nn.Module):
 
     def _reached(self, layer: int) -> _Reach:
         """What reaches a layer; made anew when components were removed or loaded, or the transform was set."""
-        block, owner = self.triplets.block, self.triplets.owner
-        key = (self.weights._version, block._version, owner._version, len(owner), owner.device, self.triplets.core.dtype)
+        key = (self.weights._version, self.triplets.core.dtype, *self.triplets.structure())
         known = self._known.get(layer)
         if known is None or known[0] != key:
             known = (key, self._reach(layer))

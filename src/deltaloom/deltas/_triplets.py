@@ -61,7 +61,8 @@ class Triplets(nn.Module):
         self.register_buffer("owner", torch.arange(count) if owner is None else owner, persistent=owner is not None)
         self.register_buffer("block", torch.zeros(count, dtype=torch.long) if block is None else block,
                              persistent=block is not None)
-        self._blocks: tuple[tuple[int, int, int, torch.device], list[_Blocks]] | None = None
+        self.changes = 0  # how often components were removed or fitted: versions of new tensors begin anew
+        self._blocks: tuple[tuple[object, ...], list[_Blocks]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered of this object's tensors: those of a copy count their versions anew."""
@@ -79,6 +80,10 @@ class Triplets(nn.Module):
     def rows_of(self) -> Tensor:
         """How many rows each component has, (E,)."""
         return torch.bincount(self.owner, minlength=len(self.core))
+
+    def structure(self) -> tuple[object, ...]:
+        """A key of which rows and components there are: what is derived from them holds as long as it is the same."""
+        return self.changes, self.owner._version, self.block._version, self.owner.device
 
     # ---- what a controller does -----------------------------------------------------------------------------------
 
@@ -103,7 +108,8 @@ class Triplets(nn.Module):
         self.owner = (chosen.cumsum(0) - 1)[self.owner[rows]]
         self.up, self.down = keep_rows(self.up, rows), keep_rows(self.down, rows)
         self.core = keep_rows(self.core, components)
-        self.mask, self.block, self._blocks = self.mask[components], self.block[components], None
+        self.mask, self.block = self.mask[components], self.block[components]
+        self.changes += 1
 
     def fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Have as many rows and components as saved tensors of these shapes have; their values are still to be loaded.
@@ -124,7 +130,7 @@ class Triplets(nn.Module):
             self.owner = torch.arange(len(self.core), device=device)
         if "block" not in kept:
             self.block = torch.zeros(len(self.core), dtype=torch.long, device=device)
-        self._blocks = None
+        self.changes += 1
 
     @torch.no_grad()
     def orthonormalise(self, strength: float) -> None:
@@ -153,7 +159,7 @@ class Triplets(nn.Module):
 
     def blocks(self) -> list[_Blocks]:
         """The real and the complex blocks, padded to one size each."""
-        key = (self.owner._version, self.block._version, len(self.owner), self.owner.device)
+        key = self.structure()
         if self._blocks is None or self._blocks[0] != key:
             self._blocks = (key, self._make_blocks())
         return self._blocks[1]
