@@ -35,6 +35,7 @@ def _tsvd(transform: str, settings: dict[str, Any]) -> dict[str, Any]:
 CANDIDATES: dict[str, dict[str, Any]] = {
     BASELINE: {"method": "lora"},
     "adalora": {"method": "adalora"},
+    "adalora-256": {"method": "adalora", "alpha": 256},  # its vectors start at a fortieth of the others' product
     "adalora-all": {"method": "adalora"},  # tiny: from rank 1 on all sites down to a tenth, so it starts far above the budget
     "tucker1-random": {"method": "tucker1", "basis": "random"},
     "tucker1-gradient": {"method": "tucker1", "basis": "gradient"},
