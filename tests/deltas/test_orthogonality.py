@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deltaloom.deltas._orthogonality import _Penalty, deviation, norm_penalty, residual, squared_penalty, step_towards
+from deltaloom.deltas._orthogonality import deviation, residual, squared_penalty, step_towards, sum_of_penalties
 from deltaloom.deltas._triplets import Triplets, orthonormal_rows
 
 each_type = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
@@ -23,6 +23,10 @@ def plain(found, root):
     gap = found @ found.mH - torch.eye(found.shape[1], dtype=found.dtype)
     square = (gap * gap.conj()).real.sum((-2, -1))
     return square.sqrt() if root else square
+
+
+def norm_penalty(found):
+    return torch.stack([sum_of_penalties([block], True) for block in found])
 
 
 PENALTIES = {False: squared_penalty, True: norm_penalty}
@@ -52,7 +56,19 @@ def test_penalties_and_their_gradients_are_those_of_the_plain_formula(dtype, roo
 @each_type
 @pytest.mark.parametrize("root", [False, True], ids=["squared", "norm"])
 def test_gradcheck(dtype, root):
-    assert torch.autograd.gradcheck(_Penalty.apply, (blocks(dtype, shape=(2, 2, 3)).requires_grad_(), root))
+    assert torch.autograd.gradcheck(PENALTIES[root], (blocks(dtype, shape=(2, 2, 3)).requires_grad_(),))
+
+
+@pytest.mark.parametrize("root", [False, True], ids=["squared", "norm"])
+def test_a_sum_over_matrices_of_any_sizes_is_that_of_a_loop(root):
+    shapes = [(2, 5), (3, 5), (2, 5), (1, 4), (2, 5)]
+    matrices = [blocks(torch.float64, seed, shape=shape).requires_grad_() for seed, shape in enumerate(shapes)]
+    expected = sum(plain(matrix[None], root).sum() for matrix in matrices)
+    total = sum_of_penalties(matrices, root)
+    torch.testing.assert_close(total, expected, rtol=1e-13, atol=0)
+    own, other = (torch.autograd.grad(3 * value, matrices) for value in (total, expected))
+    for one, two in zip(own, other, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-13)
 
 
 @each_type

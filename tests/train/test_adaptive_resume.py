@@ -124,7 +124,9 @@ def test_averages_and_masks_in_a_checkpoint_are_those_of_the_run(whole):
     parts = read_checkpoint(folder / "step-5").parts
     (state,) = parts["controllers"]
     assert (state["step"], state["decisions"], state["compact"]) == (5, 1, False)
-    assert len(state["importance"]["smoothness"]) == 24 and state["previous"].sum() > 0
+    numbers = sum(tensor.numel() for key, tensor in parts["delta"].items()
+                  if "triplets" in key and tensor.is_floating_point())
+    assert state["importance"]["smoothness"].shape == (numbers,) and state["previous"].sum() > 0
     assert any(not bool(tensor.all()) for key, tensor in parts["delta"].items() if key.endswith("mask"))
     (state,) = read_checkpoint(folder / "step-8").parts["controllers"]
     assert state["compact"] and state["importance"] is None

@@ -36,37 +36,51 @@ SENSITIVITIES: dict[str, Sensitivity] = {"weight-gradient": weight_gradient, "gr
 
 
 class Importance:
-    """The running averages of a list of parameters; the same order every time."""
+    """The running averages of a list of parameters; the same order every time.
+
+    They are kept in one piece: a method may have hundreds of small parameters, each of which would cost as much as all.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], sensitivity: str, beta1: float, beta2: float) -> None:
         self.parameters = list(parameters)
         self.sensitivity = SENSITIVITIES[sensitivity]
         self.beta1, self.beta2 = beta1, beta2
-        self.smoothness = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
-        self.uncertainty = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+        like = self.parameters[0].detach()
+        self._smoothness, self._uncertainty = like.new_zeros(2, sum(p.numel() for p in self.parameters))
+
+    @property
+    def smoothness(self) -> list[Tensor]:
+        """The averages of the sensitivity, in the parameters' shapes; views."""
+        return self._apart(self._smoothness)
+
+    @property
+    def uncertainty(self) -> list[Tensor]:
+        """The averages of how far the sensitivity is from its average, in the parameters' shapes; views."""
+        return self._apart(self._uncertainty)
 
     @torch.no_grad()
     def observe(self) -> None:
         """Take in the parameters as they are and their gradients; a parameter without one counts as having zeros."""
         weights = [p.detach() for p in self.parameters]
-        found = list(self.sensitivity(weights, [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]))
-        torch._foreach_mul_(self.smoothness, self.beta1)
-        torch._foreach_add_(self.smoothness, found, alpha=1 - self.beta1)
-        gap = torch._foreach_sub(found, self.smoothness)
-        torch._foreach_abs_(gap)
-        torch._foreach_mul_(self.uncertainty, self.beta2)
-        torch._foreach_add_(self.uncertainty, gap, alpha=1 - self.beta2)
+        found = self.sensitivity(weights, [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
+        now = torch.cat([part.reshape(-1) for part in found])
+        self._smoothness.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
+        gap = now.sub_(self._smoothness).abs_()
+        self._uncertainty.mul_(self.beta2).add_(gap, alpha=1 - self.beta2)
 
     def scores(self) -> list[Tensor]:
         """Importance of every number, in the parameters' shapes."""
-        return list(torch._foreach_mul(self.smoothness, self.uncertainty))
+        return self._apart(self._smoothness * self._uncertainty)
 
     def state_dict(self) -> dict[str, Any]:
         """Both averages, in the parameters' order."""
-        return {"smoothness": list(self.smoothness), "uncertainty": list(self.uncertainty)}
+        return {"smoothness": self._smoothness, "uncertainty": self._uncertainty}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        for own, saved in ((self.smoothness, state["smoothness"]), (self.uncertainty, state["uncertainty"])):
-            for index, tensor in enumerate(saved):
-                own[index] = tensor.to(self.parameters[index].device).clone()
+        self._smoothness = state["smoothness"].to(self._smoothness.device).clone()
+        self._uncertainty = state["uncertainty"].to(self._uncertainty.device).clone()
+
+    def _apart(self, flat: Tensor) -> list[Tensor]:
+        pieces = flat.split([p.numel() for p in self.parameters])
+        return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]

@@ -9,6 +9,7 @@ Blocks are batched, (B, n, d), real or complex; `valid` (B, n) tells rows from p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,27 +43,57 @@ def residual(blocks: Tensor, valid: Tensor | None = None) -> float:
 
 def squared_penalty(blocks: Tensor) -> Tensor:
     """||X X^H - I||_F^2 of each block, (B,); the gradient is formed at once, so that no graph is kept."""
-    return _Penalty.apply(blocks, False)
+    return _Squared.apply(blocks)
 
 
-def norm_penalty(blocks: Tensor) -> Tensor:
-    """||X X^H - I||_F of each block, (B,); where it is 0 its gradient is 0 too."""
-    return _Penalty.apply(blocks, True)
+def sum_of_penalties(matrices: Sequence[Tensor], root: bool) -> Tensor:
+    """The sum of ||X X^H - I||_F^2, or with `root` of its root, over matrices of any sizes, those of one size at once.
+
+    As `squared_penalty`; a root that is 0 has the gradient 0.
+    """
+    return _PenaltySum.apply(root, *matrices)
 
 
-class _Penalty(torch.autograd.Function):
+def _value_and_gradient(blocks: Tensor, root: bool) -> tuple[Tensor, Tensor]:
+    gap = deviation(blocks)
+    value = gap.abs().square().sum((-2, -1))
+    if not root:
+        return value, 4 * (gap @ blocks)
+    value = value.sqrt()
+    return value, (gap @ blocks) * (2 / value.clamp_min(torch.finfo(value.dtype).tiny))[:, None, None]
+
+
+class _PenaltySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, blocks: Tensor, root: bool) -> Tensor:
-        gap = deviation(blocks)
-        value = gap.abs().square().sum((-2, -1))
-        if root:
-            value = value.sqrt()
-            ctx.gradient = (gap @ blocks) * (2 / value.clamp_min(torch.finfo(value.dtype).tiny))[:, None, None]
-        else:
-            ctx.gradient = 4 * (gap @ blocks)
+    def forward(ctx: Any, root: bool, *matrices: Tensor) -> Tensor:
+        alike: dict[torch.Size, list[int]] = {}
+        for index, matrix in enumerate(matrices):
+            alike.setdefault(matrix.shape, []).append(index)
+        values = []
+        ctx.gradients, ctx.count = [], len(matrices)
+        for places in alike.values():
+            value, gradient = _value_and_gradient(torch.stack([matrices[index] for index in places]), root)
+            values.append(value.sum())
+            ctx.gradients.append((places, gradient))
+        return torch.stack(values).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None] * ctx.count
+        for places, gradient in ctx.gradients:
+            for index, part in zip(places, (gradient * grads[0]).unbind(), strict=True):
+                found[index] = part
+        return None, *found
+
+
+class _Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor) -> Tensor:
+        value, ctx.gradient = _value_and_gradient(blocks, False)
         return value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient * grads[0][:, None, None], None
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return ctx.gradient * grads[0][:, None, None]

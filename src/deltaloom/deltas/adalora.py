@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaloom.allocation import Schedule
 from deltaloom.deltas._adaptive import AdaptiveMethod, Policy, Pool, RankController
-from deltaloom.deltas._orthogonality import norm_penalty, squared_penalty
+from deltaloom.deltas._orthogonality import sum_of_penalties
 from deltaloom.deltas._peft import PEFT_COMMON, by_suffix, peft_targets, refuse_fields, whole_sites
 from deltaloom.deltas._triplets import Triplets
 from deltaloom.deltas.base import (
@@ -48,29 +48,29 @@ PEFT_READ = PEFT_COMMON | {"r", "lora_alpha", "lora_dropout", "fan_in_fan_out", 
                            "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern",
                            "use_rslora", "ensure_weight_tying"}
 PEFT_NEUTRAL = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
-PENALTIES = {"norm": norm_penalty, "squared": squared_penalty}
 
 
 class AdaLoraDelta(LowRankDelta):
     """P diag(l) Q at one site, as rank-one terms."""
 
-    def __init__(self, triplets: Triplets, scale: float, dropout: float, penalty: str, share: float) -> None:
+    def __init__(self, triplets: Triplets, scale: float, dropout: float) -> None:
         super().__init__()
         self.triplets = triplets
         self.scale = scale
         self.dropout = dropout
-        self.kind = penalty
-        self.share = share  # coefficient of the penalty over the number of matrices of the method
+        self.penalised: tuple[tuple[Triplets, ...], float, bool] | None = None  # all sites', at the first one
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Q, scale * l, P."""
         return self.triplets.down, self.triplets.core_now() * self.scale, self.triplets.up.T
 
     def penalty(self) -> Tensor | None:
-        """This site's part of the mean over all P and Q of how far they are from orthonormal."""
-        if not self.share or not len(self.triplets.core):
+        """That of all sites, at the first one: the mean over all P and Q of how far they are from orthonormal."""
+        if self.penalised is None:
             return None
-        return self.share * self.triplets.penalty(PENALTIES[self.kind])
+        sites, share, root = self.penalised
+        matrices = [matrix for triplets in sites if len(triplets.core) for matrix in (triplets.up, triplets.down)]
+        return share * sum_of_penalties(matrices, root) if matrices else None
 
     def orthogonality(self) -> float | None:
         """The larger deviation of P and Q from orthonormal ones."""
@@ -94,14 +94,16 @@ class AdaLoRA(AdaptiveMethod):
         """P, l and Q for every site."""
         rank = self.initial_rank()
         self.check_ranks(sites, rank)
-        deltas = {}
+        deltas: dict[Site, AdaLoraDelta] = {}
         for site in sites:
             up, down = torch.zeros(rank, site.d_out), torch.zeros(rank, site.d_in)
             if not context.loading:
                 down.normal_(0.0, 0.02, generator=context.generator)
                 up.normal_(0.0, 0.02, generator=context.generator)
-            deltas[site] = AdaLoraDelta(Triplets(up, down), self.scale(), self.dropout, self.penalty,
-                                        self.orthogonality / (2 * len(sites)))
+            deltas[site] = AdaLoraDelta(Triplets(up, down), self.scale(), self.dropout)
+        if self.orthogonality:
+            every = tuple(delta.triplets for delta in deltas.values())
+            deltas[sites[0]].penalised = every, self.orthogonality / (2 * len(sites)), self.penalty == "norm"
         return Attachment(dict(deltas))
 
     def scale(self) -> float:
