@@ -48,41 +48,45 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, down: Tensor, scale: Tensor, up: Tensor, affine: Affine, dropout: float,
                 seed: int) -> Tensor:
         y = affine.product(x)
-        scaled, up_x = (scale[:, None] * down).to(x.dtype), up.to(x.dtype)
+        down_x, up_x = down.to(x.dtype), up.to(x.dtype)
         rows = _dropped(x, dropout, seed).reshape(-1, x.shape[-1])
-        y.view(-1, y.shape[-1]).addmm_(rows @ scaled.T, up_x.T)
-        ctx.save_for_backward(x, down, scale, up)
-        ctx.affine, ctx.dropout, ctx.seed = affine, dropout, seed
-        ctx.cast = scaled, up_x  # the small factors in the dtype of x: casting them again costs more than keeping them
+        y.view(-1, y.shape[-1]).addmm_(_scaled(rows @ down_x.T, scale), up_x.T)
+        # The small factors in the dtype of x: casting them again costs more than keeping them. Not the factors themselves as
+        # well: they may be copies, of rows of a larger matrix.
+        same = down.dtype == up.dtype == x.dtype
+        ctx.save_for_backward(x, scale, *((down, up) if same else ()))
+        ctx.cast = None if same else (down_x, up_x)
+        ctx.affine, ctx.dropout, ctx.seed, ctx.dtypes = affine, dropout, seed, (down.dtype, up.dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, scale, up = ctx.saved_tensors
-        scaled, up_x = ctx.cast
-        g = grads[0].reshape(-1, up.shape[0])
+        x, scale, *own = ctx.saved_tensors
+        down_x, up_x = own if ctx.cast is None else ctx.cast
+        g = grads[0].reshape(-1, up_x.shape[0])
         rows = _dropped(x, ctx.dropout, ctx.seed).reshape(-1, x.shape[-1])
         back = g @ up_x                                            # (rows, r)
         needs = ctx.needs_input_grad
-        grad_down = (back.T @ rows).to(down.dtype).mul_(scale[:, None]) if needs[1] else None
-        # The product with x is made again, which is cheaper than keeping it; where the scale trains it is wanted without the
-        # scale (which may be 0), and then serves both.
-        grad_scale = grad_up = None
-        if needs[2]:
-            low = rows @ down.to(back.dtype).T
-            grad_scale = (back * low).sum(0, dtype=scale.dtype)
-            grad_up = (g.T @ low).to(up.dtype).mul_(scale) if needs[3] else None
-        elif needs[3]:
-            grad_up = (g.T @ (rows @ scaled.T)).to(up.dtype)
+        # the product with x is made again: cheaper than keeping it
+        low = rows @ down_x.T if needs[2] or needs[3] else None
+        grad_scale = (back * low).sum(0, dtype=scale.dtype) if needs[2] and low is not None else None
+        grad_up = (g.T @ _scaled(low, scale)).to(ctx.dtypes[1]) if needs[3] and low is not None else None
+        back = _scaled(back, scale)
+        grad_down = (back.T @ rows).to(ctx.dtypes[0]) if needs[1] else None
         grad_x = None
         if needs[0]:
             grad_x = ctx.affine.product_transposed(g)
             if ctx.dropout > 0:
-                grad_x += _dropped((back @ scaled).view_as(x), ctx.dropout, ctx.seed).reshape(grad_x.shape)
+                grad_x += _dropped((back @ down_x).view_as(x), ctx.dropout, ctx.seed).reshape(grad_x.shape)
             else:
-                grad_x.addmm_(back, scaled)
+                grad_x.addmm_(back, down_x)
             grad_x = grad_x.view(x.shape)
         return grad_x, grad_down, grad_scale, grad_up, None, None, None
+
+
+def _scaled(low: Tensor, scale: Tensor) -> Tensor:
+    """low (n, r) times scale (r,), rounded once to the dtype of low."""
+    return (low * scale).to(low.dtype)
 
 
 def _dropped(x: Tensor, share: float, seed: int) -> Tensor:
