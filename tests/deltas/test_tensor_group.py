@@ -226,3 +226,16 @@ def test_groups_are_the_same_when_a_delta_is_loaded(layout):
     assert members(loaded) == members(tuned)
     assert all([place for _, place in each] == list(range(len(each))) for each in members(tuned).values())
     assert sorted(site.name for each in members(tuned).values() for site, _ in each) == sorted(s.name for s, _ in tuned.pairs())
+
+
+def test_rounded_factors_follow_the_parameters_however_they_are_written():
+    tuned = attach(toy("llama", dtype=torch.bfloat16), [TSVD(rank=2, transform="dct")])
+    group = next(iter(tuned.attached()[0].attachment.shared.values()))
+    first = group.rounded(0, torch.bfloat16)
+    assert first is not None and group.rounded(1, torch.bfloat16) is first
+    with torch.no_grad():
+        group.triplets.up.data.mul_(2)  # as some optimizers do: no version counts it
+    again = group.rounded(0, torch.bfloat16)
+    assert again is not None
+    assert torch.equal(again[1], 2 * first[1])
+    assert torch.equal(again[0], group.triplets.down.to(torch.bfloat16))

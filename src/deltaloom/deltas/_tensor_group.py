@@ -90,11 +90,12 @@ class TensorGroup(nn.Module):
         self.register_buffer("weights", start.weights.float(), persistent=transform == "data")
         self.register_buffer("turns", None if start.turns is None else start.turns.float(), persistent=False)
         self.skew = nn.Parameter(torch.zeros(layers * (layers - 1) // 2)) if transform == "learned" and layers > 1 else None
+        self._rounded: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
         self._known: dict[int, tuple[tuple[object, ...], _Reach]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered of this object's tensors: those of a copy count their versions anew."""
-        return super().__getstate__() | {"_known": {}}
+        return super().__getstate__() | {"_known": {}, "_rounded": None}
 
     def index(self) -> Tensor:
         """The index of each component within its frequency, (E,)."""
@@ -115,6 +116,18 @@ class TensorGroup(nn.Module):
             return down, weights * core, up.T
         turned = triplets.down.index_select(0, reach.partner)
         return weights[:, None] * down + reach.turns[:, None] * turned, core, up.T
+
+    @torch.no_grad()
+    def rounded(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """down (R, d_in) and up (d_out, R) in a dtype, cast once in a step for all layers that all rows reach as they are."""
+        reach, triplets = self._reached(layer), self.triplets
+        if reach.rows is not None or reach.partner is not None:
+            return None
+        key = (dtype, triplets.down._version, triplets.up._version, *triplets.structure())
+        # anew at the first layer of every pass: optimizers that write to `.data` leave versions as they are
+        if layer == 0 or self._rounded is None or self._rounded[0] != key:
+            self._rounded = (key, (triplets.down.to(dtype), triplets.up.to(dtype).T))
+        return self._rounded[1]
 
     def slice(self, layer: int) -> Tensor:
         """The increment of one layer, (d_out, d_in)."""

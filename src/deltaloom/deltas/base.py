@@ -85,6 +85,10 @@ class LowRankDelta(Delta, ABC):
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """down (r, d_in), scale (r,), up (d_out, r); they carry gradients to this delta's parameters."""
 
+    def rounded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """down and up in a dtype, without gradients, where other layers have the same: cast once for all; else None."""
+        return None
+
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """y plus the low-rank product; on embeddings (ids) the columns of `down` are looked up."""
         down, scale, up = (factor.to(y.dtype) for factor in self.factors())

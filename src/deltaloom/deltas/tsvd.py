@@ -66,6 +66,10 @@ class TsvdDelta(LowRankDelta):
         """The columns that reach this layer, with its coefficients."""
         return self.held[0].factors(self.layer)
 
+    def rounded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The group's vectors, where all of them reach this layer as they are."""
+        return self.held[0].rounded(self.layer, dtype)
+
     def penalty(self) -> Tensor | None:
         """The whole group's, at its first layer."""
         return self.share * self.held[0].triplets.penalty(squared_penalty) if self.share and self.layer == 0 else None

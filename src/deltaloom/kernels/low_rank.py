@@ -29,26 +29,30 @@ class Affine(Protocol):
         """g (..., d_out) -> (..., d_in): the gradient of `product` with respect to its input."""
 
 
-def low_rank_linear(affine: Affine, x: Tensor, down: Tensor, scale: Tensor, up: Tensor, dropout: float = 0.0) -> Tensor:
+def low_rank_linear(affine: Affine, x: Tensor, down: Tensor, scale: Tensor, up: Tensor, dropout: float = 0.0,
+                    rounded: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The frozen layer plus a low-rank product.
 
     x (..., d_in), down (r, d_in), scale (r,), up (d_out, r); the result is (..., d_out) in the dtype of x. `dropout` is the
-    share of x's entries that the low-rank product does not see (0 when not training).
+    share of x's entries that the low-rank product does not see (0 when not training). `rounded` are down and up in the dtype of
+    x, if they are at hand: layers that share factors then share the copies too.
     """
     seed = new_seed() if dropout > 0 else 0
     device = x.device.type
     if torch.is_autocast_enabled(device):  # what autocast does for a plain linear layer; backward runs without autocast
         x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _LowRankLinear.apply(x, down, scale, up, affine, dropout, seed)
+        if rounded is not None and rounded[0].dtype != x.dtype:
+            rounded = None
+        return _LowRankLinear.apply(x, down, scale, up, affine, dropout, seed, rounded)
 
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, scale: Tensor, up: Tensor, affine: Affine, dropout: float,
-                seed: int) -> Tensor:
+                seed: int, rounded: tuple[Tensor, Tensor] | None) -> Tensor:
         y = affine.product(x)
-        down_x, up_x = down.to(x.dtype), up.to(x.dtype)
+        down_x, up_x = rounded or (down.to(x.dtype), up.to(x.dtype))
         rows = _dropped(x, dropout, seed).reshape(-1, x.shape[-1])
         y.view(-1, y.shape[-1]).addmm_(_scaled(rows @ down_x.T, scale), up_x.T)
         # The small factors in the dtype of x: casting them again costs more than keeping them. Not the factors themselves as
@@ -81,7 +85,7 @@ class _LowRankLinear(torch.autograd.Function):
             else:
                 grad_x.addmm_(back, down_x)
             grad_x = grad_x.view(x.shape)
-        return grad_x, grad_down, grad_scale, grad_up, None, None, None
+        return grad_x, grad_down, grad_scale, grad_up, None, None, None, None
 
 
 def _scaled(low: Tensor, scale: Tensor) -> Tensor:

@@ -225,6 +225,9 @@ class Adapted(nn.Module):
                 chosen.append((site, delta))  # type: ignore[arg-type]
         if not chosen or face is None:
             return self.base(x, *args, **kwargs), 0
+        if len(chosen) == 1 and chosen[0][0].part is None:
+            delta = chosen[0][1]
+            return low_rank_linear(face, x, *delta.factors(), _dropout(delta), delta.rounded(x.dtype)), 1
         factors = [_whole_rows(site, *delta.factors(), face.d_out) for site, delta in chosen]
         down, scale, up = factors[0] if len(factors) == 1 else (
             torch.cat([f[0] for f in factors]), torch.cat([f[1] for f in factors]), torch.cat([f[2] for f in factors], 1))
