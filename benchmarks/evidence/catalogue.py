@@ -16,7 +16,7 @@ from deltaloom.tuned import attach
 
 MODELS = {"sst2": ("bundled:minilm", "sequence-classification"), "e2e": ("bundled:smollm2-135m-instruct", "causal-lm")}
 BUDGETS = {"tiny": 0.1, "small": 1, "large": 4}  # rank of LoRA on all block linears that has as many parameters
-RATES = {"sst2": (1e-3, 3e-3, 1e-2), "e2e": (2e-3, 6e-3, 2e-2)}
+RATES = {"sst2": (3e-3, 5e-3, 1e-2), "e2e": (2e-3, 6e-3, 2e-2)}
 SCREEN_RATES = (3e-3, 1e-2)  # two of those above, so that the finals' choice of a rate goes on from the screen's runs
 SEEDS = (1, 2, 3)  # of the finals; rates and candidates are chosen with seed 0
 BASELINE = "lora"

@@ -33,7 +33,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "prompt": [{"length": 3}],
     "tsvd": [{"rank": 2, "transform": "identity"}, {"rank": 2, "transform": "haar", "targets": ("q", "k", "v", "down")},
              {"rank": 1, "transform": "frame"}, {"rank": 2, "transform": "learned"}, {"rank": 2, "preset": "literal"}],
-    "tucker1": [{"rank": 2}, {"rank": 3, "basis": "random", "targets": ("q", "k", "v", "down")}],
+    "tucker1": [{"rank": 2, "basis": "gradient"}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
 }
 
 # Reasons why a call with different deltas row by row is refused.

@@ -135,7 +135,7 @@ def subspace(layout, batches, size):
 def test_a_gradient_basis_spans_the_main_directions_of_all_layers_gradients(layout):
     """Exactly where layers are narrow on their private side: at most the rows of the basis and 16 more."""
     size = 8
-    tuned = attach(toy(layout), [Tucker1(rank=2, size=size, warm_up_batches=2)])
+    tuned = attach(toy(layout), [Tucker1(rank=2, size=size, basis="gradient", warm_up_batches=2)])
     batches = [toy_batch(layout, seed=seed) for seed in (1, 2, 3)]
     expected = subspace(layout, batches[:2], size)
     random = {key: rows.detach().clone() for key, rows in bases(tuned).items()}
@@ -155,21 +155,21 @@ def test_sketched_gradients_give_nearly_the_same_energy_as_exact_ones():
     model(x).square().sum().backward()
     stacked = torch.cat([(layer.weight.grad / layer.weight.grad.norm()).T for layer in model], 1)
     best = torch.linalg.svdvals(stacked)[:4].square().sum()
-    tuned = attach(model, [Tucker1(rank=4, size=4, targets="all", warm_up_batches=1)])
+    tuned = attach(model, [Tucker1(rank=4, size=4, targets="all", basis="gradient", warm_up_batches=1)])
     warm_up(tuned, [x], lambda each: tuned(each).square().sum(), Emitter())
     rows, = bases(tuned).values()
     assert float((rows.detach() @ stacked).square().sum()) > 0.95 * float(best)
 
 
 def test_gradients_that_are_not_finite_are_refused():
-    tuned = attach(nn.Sequential(nn.Linear(5, 5)), [Tucker1(rank=1, targets="all")])
+    tuned = attach(nn.Sequential(nn.Linear(5, 5)), [Tucker1(rank=1, targets="all", basis="gradient")])
     with pytest.raises(NonFiniteError, match="warm-up"):
         warm_up(tuned, [torch.full((1, 5), float("nan"))], lambda x: tuned(x).sum(), Emitter())
 
 
 def test_random_bases_and_loaded_ones_need_no_gradients():
     assert tuned_of().warm_ups() == []
-    assert len(attach(toy("bert"), [Tucker1(rank=1)]).warm_ups()) == 1
+    assert len(attach(toy("bert"), [Tucker1(rank=1, basis="gradient")]).warm_ups()) == 1
 
 
 # ---- ranks -------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ SETTINGS = TrainSettings(max_steps=10, batch_size=6, learning_rate=2e-2, schedul
 RANKS = {"rank": 1, "reserve": 2, "start": 0.1, "end": 0.4, "every": 2}  # decided after steps 2, 4 and, finally, 6
 METHODS = {"haar": TSVD(**RANKS), "literal": TSVD(preset="literal", rule="budget", **RANKS),
            "data": TSVD(transform="data", **RANKS), "learned": TSVD(transform="learned", dropout=0.1, **RANKS),
-           "fixed": TSVD(rule="fixed", **RANKS), "basis": Tucker1(**RANKS), "random basis": Tucker1(basis="random", **RANKS)}
+           "fixed": TSVD(rule="fixed", **RANKS), "basis": Tucker1(basis="gradient", **RANKS),
+           "random basis": Tucker1(basis="random", **RANKS)}
 each_method = pytest.mark.parametrize("name", METHODS)
 
 

@@ -119,8 +119,9 @@ class Tucker1(AdaptiveMethod):
 
     name: ClassVar[str] = "tucker1"
 
-    basis: Literal["gradient", "random"] = "gradient"
-    """Where the bases start: at the main directions of the gradients of a few batches, or random."""
+    basis: Literal["random", "gradient"] = "random"
+    """Where the bases start: random, or at the main directions of the gradients of a few batches. The latter learns faster at
+    small learning rates and worse at the best ones (docs/results/adaptive.md)."""
     size: int | None = Field(None, ge=1)
     """Rows of each basis, which is the rank that training starts with; if not given, rank times reserve (rule `fixed`: rank)."""
     scale: float = Field(2.0, gt=0)
