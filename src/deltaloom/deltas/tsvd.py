@@ -190,9 +190,7 @@ class TSVD(AdaptiveMethod):
         if self.rule == "fixed":
             return RankController(pools, None, plan, strength) if strength else None
         schedule = Schedule.of_run(plan.total_steps, self.start, self.end, self.every)
-        # not more than there is: a pair of frequencies has one coefficient, and a delta that was trained has its final ranks
-        target = min(sum(self.rank * group.layers * group.cost for group in groups.values()),
-                     sum(float(pool.terms.numbers().sum()) for pool in pools))
+        target = sum(self.rank * group.layers * group.cost for group in groups.values())
         largest = max(_largest(pool) for pool in pools)
         if self.rule in ("budget", "capped") and target < largest * (1 - 1e-9):
             raise SettingsError(f"{self.name}: the budget is too small to keep anything", got=f"{target:.0f} parameters",

@@ -177,9 +177,7 @@ class Tucker1(AdaptiveMethod):
         policy = None
         if self.rule != "fixed":
             schedule = Schedule.of_run(plan.total_steps, self.start, self.end, self.every)
-            # not more than there is: a delta that was trained has its final ranks
-            target = min(sum(self.rank * delta.private.shape[1] for delta in deltas.values()),
-                         sum(delta.private.numel() for delta in deltas.values()))
+            target = sum(self.rank * delta.private.shape[1] for delta in deltas.values())
             largest = max(delta.private.shape[1] for delta in deltas.values() if len(delta.private))
             if self.rule in ("budget", "capped") and target < largest:
                 raise SettingsError(f"{self.name}: the budget is too small to keep anything", got=f"{target:.0f} parameters",
