@@ -1,0 +1,90 @@
+"""The contract of compressors: settings that make a model smaller, one step of a list.
+
+    model -> sketch (shapes only: what it will weigh) -> apply (the work, on calibration batches where it needs them) -> facts
+
+A compressor changes `work.model` in place or puts another model there. What can be checked is checked in `sketch`, which
+runs on a model without values before any work is done: a ratio that cannot be met, a layer that it does not fit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from deltaloom.errors import SettingsError, did_you_mean
+from deltaloom.registry import class_named, names_in
+from deltaloom.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from deltaloom.data.batches import Batch
+    from deltaloom.evaluate.base import Task
+
+
+@dataclass
+class Work:
+    """What a compressor works on. Steps of one list share it, so that each sees what the one before it made."""
+
+    model: PreTrainedModel
+    task: Task                                     # batches, losses and metrics of the user's data
+    batches: Sequence[Batch] = ()                  # calibration rows, the same for every step; empty where none were given
+    original: Callable[[], PreTrainedModel] | None = None  # loads the untouched model again: the teacher of distillation
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    say: Callable[[str], None] = print
+
+
+@dataclass
+class Facts:
+    """What a step did, for the report."""
+
+    layers: list[dict[str, Any]] = field(default_factory=list)  # one record a layer: `layer`, and errors, ranks, shares, ...
+    figures: dict[str, float] = field(default_factory=dict)     # of the whole step, by names that say their unit
+    notes: list[str] = field(default_factory=list)              # what a user should know; shown as warnings
+
+
+class Compressor(Settings, ABC):
+    """Settings of one step. One file under compress/ each; `name` is the file's name with hyphens."""
+
+    name: ClassVar[str]
+    calibrates: ClassVar[bool] = False  # needs calibration rows; the job refuses a list without data before it loads a model
+
+    @abstractmethod
+    def sketch(self, model: PreTrainedModel) -> None:
+        """Change a model on the meta device in shape as `apply` will: afterwards its tensors weigh what the result will weigh.
+
+        Raises:
+            RefusedError, TargetError: the ratio cannot be met, or a layer is of a kind that this does not fit; all at once.
+        """
+
+    @abstractmethod
+    def apply(self, work: Work) -> Facts:
+        """Do it. Called after `sketch` has passed on a model of the same shapes."""
+
+
+def compressor_from(record: dict[str, Any], where: str = "compress") -> Compressor:
+    """The compressor that a record of a run file states: {"method": name, setting: value, ...}.
+
+    Raises:
+        SettingsError: no such compressor, an unknown setting or an illegal value; `where` is the key path that it names.
+    """
+    name = record.get("method")
+    legal = names_in("deltaloom.compress")
+    if not isinstance(name, str) or name not in legal:
+        raise SettingsError(f"{where}: each entry needs 'method: NAME'" if not isinstance(name, str) else
+                            f"{where}: unknown compressor", got=record if not isinstance(name, str) else name, legal=legal,
+                            hint=did_you_mean(name, legal) if isinstance(name, str) else None)
+    cls = class_named("deltaloom.compress", name, Compressor, "compressor")  # type: ignore[type-abstract]
+    return cls.parse({key: value for key, value in record.items() if key != "method"}, where)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and saved buffers, tied ones once; of a model on the meta device too."""
+    seen: dict[int, int] = {}
+    for _, tensor in model.state_dict(keep_vars=True).items():
+        seen[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
