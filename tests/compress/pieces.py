@@ -49,9 +49,16 @@ def work(layout: str, *, dtype: torch.dtype = torch.float32, count: int = 3, see
                 say=lambda _: None)
 
 
+def meta(layout: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A toy without values, its ties kept."""
+    model = toy(layout, dtype=dtype).to("meta")
+    model.tie_weights()
+    return model
+
+
 def sketched(compressor: Compressor, layout: str, dtype: torch.dtype = torch.float32) -> Any:
     """The model on the meta device after the sketch."""
-    model = toy(layout, dtype=dtype).to("meta")
+    model = meta(layout, dtype)
     compressor.sketch(model)
     return model
 
