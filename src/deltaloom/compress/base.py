@@ -39,6 +39,17 @@ class Work:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     say: Callable[[str], None] = print
 
+    def teacher(self) -> PreTrainedModel:
+        """The untouched model, loaded again.
+
+        Raises:
+            RefusedError: nobody said where it comes from.
+        """
+        if self.original is None:
+            raise RefusedError("the original model is needed here, and nothing says how to load it",
+                               hint="Give Work(original=...).")
+        return self.original().eval()
+
 
 @dataclass
 class Facts:
