@@ -12,6 +12,10 @@ from fnmatch import fnmatchcase
 ATTENTION_ROLES = ("q", "k", "v", "o", "qkv")
 MLP_ROLES = ("gate", "up", "down", "gate_up")
 NOT_BY_ROW = ("relative_attention_bias",)  # layers whose input is (queries, keys), the same for every row of the batch
+DEPTH = "num_hidden_layers"  # where a configuration counts the blocks, whatever the family calls it itself
+# Lists of a configuration with one entry for each block.
+LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "no_rope_layer_types")
+BY_NUMBER = ("scale_attn_by_inverse_layer_idx",)  # keys that make what a block computes depend on its number
 # Classes with 3-D weights stored as (slices, d_in, d_out) that do not say so themselves by `is_transposed`.
 TRANSPOSED_STACKS = ("Llama4TextExperts", "GroupedLinearLayer")
 
@@ -25,6 +29,7 @@ class Family:
     branches: dict[str, tuple[str, str]]          # name -> (layer that reads the sub-layer's input, layer that writes its output)
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # role -> roles of its parts, in row order
     plain_head: bool = False                      # logits = head(last hidden state) and nothing after it
+    depths: dict[str, str] = field(default_factory=lambda: {"*": DEPTH})  # path of a stack -> key of the configuration: blocks
 
 
 def _proj(attention: str, q: str, k: str, v: str, o: str) -> dict[str, str]:
@@ -78,6 +83,7 @@ _T5 = Family(
     branches={"attention": ("layer.*.SelfAttention.q", "layer.*.SelfAttention.o"),
               "cross_attention": ("layer.*.EncDecAttention.q", "layer.*.EncDecAttention.o"),
               "mlp": ("layer.*.DenseReluDense.wi*", "layer.*.DenseReluDense.wo")},
+    depths={"*encoder.block": "num_layers", "*decoder.block": "num_decoder_layers"},
 )
 _BART = Family(
     roles={**_proj("self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
@@ -85,6 +91,7 @@ _BART = Family(
     attention=("self_attn",),
     branches={"attention": ("self_attn.q_proj", "self_attn.out_proj"),
               "cross_attention": ("encoder_attn.q_proj", "encoder_attn.out_proj"), "mlp": ("fc1", "fc2")},
+    depths={"*encoder.layers": "encoder_layers", "*decoder.layers": "decoder_layers"},
 )
 _VIT = Family(
     roles={**_proj("attention", "q_proj", "k_proj", "v_proj", "o_proj"), "mlp.fc1": "up", "mlp.fc2": "down"},

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from deltaloom.errors import SettingsError, did_you_mean
+from deltaloom.errors import RefusedError, SettingsError, did_you_mean
 from deltaloom.registry import class_named, names_in
 from deltaloom.settings import Settings
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from deltaloom.data.batches import Batch
+    from deltaloom.data.encode import Example
     from deltaloom.evaluate.base import Task
 
 
@@ -33,9 +34,21 @@ class Work:
     model: PreTrainedModel
     task: Task                                     # batches, losses and metrics of the user's data
     batches: Sequence[Batch] = ()                  # calibration rows, the same for every step; empty where none were given
+    examples: Sequence[Example] = ()               # all the rows that the user gave, for steps that train
     original: Callable[[], PreTrainedModel] | None = None  # loads the untouched model again: the teacher of distillation
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     say: Callable[[str], None] = print
+
+    def teacher(self) -> PreTrainedModel:
+        """The untouched model, loaded again.
+
+        Raises:
+            RefusedError: nobody said where it comes from.
+        """
+        if self.original is None:
+            raise RefusedError("the original model is needed here, and nothing says how to load it",
+                               hint="Give Work(original=...).")
+        return self.original().eval()
 
 
 @dataclass
@@ -45,6 +58,12 @@ class Facts:
     layers: list[dict[str, Any]] = field(default_factory=list)  # one record a layer: `layer`, and errors, ranks, shares, ...
     figures: dict[str, float] = field(default_factory=dict)     # of the whole step, by names that say their unit
     notes: list[str] = field(default_factory=list)              # what a user should know; shown as warnings
+    hashes: list[dict[str, str]] = field(default_factory=list)  # of what was kept bit for bit: `tensor`, `original`, `sha256`
+    inner: list[dict[str, Any]] = field(default_factory=list)   # the records of steps within this step: `step`, `facts`
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
 
 
 class Compressor(Settings, ABC):
@@ -52,6 +71,27 @@ class Compressor(Settings, ABC):
 
     name: ClassVar[str]
     calibrates: ClassVar[bool] = False  # needs calibration rows; the job refuses a list without data before it loads a model
+    estimates: ClassVar[bool] = False   # values decide shapes, so that `sketch` can only give an upper bound
+
+    def needs_rows(self) -> bool:
+        """Whether it needs calibration rows with these settings; overridden where only some of them do."""
+        return self.calibrates
+
+    def within(self, layers: Sequence[int]) -> Self:
+        """The same step for these blocks (of each stack) alone: what lies around them has to stay bit for bit.
+
+        The default narrows the setting `layers`, which a compressor that works layer by layer has (None: all blocks).
+
+        Raises:
+            RefusedError: the step cannot be restricted, or none of its blocks is left.
+        """
+        if "layers" not in type(self).model_fields:
+            raise RefusedError(f"{self.name} changes the whole model, so that it cannot leave blocks as they are")
+        own = self.model_dump()["layers"]
+        left = tuple(layer for layer in layers if own is None or layer in own)
+        if not left:
+            raise RefusedError(f"{self.name} has no block left to change", got=own, legal=list(layers))
+        return self.model_copy(update={"layers": left})
 
     @abstractmethod
     def sketch(self, model: PreTrainedModel) -> None:
@@ -80,6 +120,11 @@ def compressor_from(record: dict[str, Any], where: str = "compress") -> Compress
                             hint=did_you_mean(name, legal) if isinstance(name, str) else None)
     cls = class_named("deltaloom.compress", name, Compressor, "compressor")  # type: ignore[type-abstract]
     return cls.parse({key: value for key, value in record.items() if key != "method"}, where)
+
+
+def compressor_record(step: Compressor) -> dict[str, Any]:
+    """What `compressor_from` reads: the name and every setting."""
+    return {"method": step.name, **step.as_dict()}
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

@@ -6,17 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltaloom.checkpoint.merged import save_merged
 from deltaloom.errors import RefusedError
 from deltaloom.files import check_new
-from deltaloom.jobs.opening import AS_STORED, Opened, dtype_named, needs_delta, open_source
+from deltaloom.jobs.opening import AS_STORED, dtype_named, needs_delta, open_source
+from deltaloom.jobs.probe import probe
 from deltaloom.report.text import byte_size, figure
 from deltaloom.tuned.merging import logits_error
 from deltaloom.tuned.merging import merge as fold
-
-PROBE_ROWS, PROBE_TOKENS = 2, 16
 
 
 def merge(source: str, output: Path, *, dtype: str | None = None, model: str | None = None,
@@ -34,7 +31,7 @@ def merge(source: str, output: Path, *, dtype: str | None = None, model: str | N
     if tuned is None:
         raise RefusedError("there is no delta to merge", got=source)
     facts = fold(tuned)
-    error = logits_error(tuned, _probe(opened))
+    error = logits_error(tuned, probe(opened.loaded))
     for note in facts.notes:
         say(f"note: {note}")
     with tuned.bare() as plain:
@@ -45,14 +42,3 @@ def merge(source: str, output: Path, *, dtype: str | None = None, model: str | N
     return {"max_error": facts.max_error, "relative_error": facts.relative_error, "logits_max_error": error,
             "path": str(output), "bytes": size, "notes": list(facts.notes)}
 
-
-def _probe(opened: Opened) -> dict[str, torch.Tensor]:
-    """Random inputs of the model's kind, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    config = opened.loaded.model.config
-    if opened.loaded.processor is not None:
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        shape = (PROBE_ROWS, getattr(config, "num_channels", 3), size, size)
-        return {"pixel_values": torch.randn(shape, generator=generator).to(opened.loaded.model.dtype)}
-    ids = torch.randint(3, config.get_text_config().vocab_size, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
-    return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from deltaloom.models.load import AUTO_CLASSES, check_task, load_config, translated
+from deltaloom.models.load import AUTO_CLASSES, HEADS, check_task, load_config, translated
 from deltaloom.models.quiet import quiet_transformers
 from deltaloom.models.source import Source, parse_source
 
@@ -49,6 +49,22 @@ def describe(source: str | Path, *, task: str = "causal-lm", labels: Sequence[st
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=sizes.get("num_hidden_layers"), d_model=sizes.get("hidden_size"), vocabulary=sizes.get("vocab_size"),
         dtype=config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+
+
+def own_task(source: str | Path, *, offline: bool | None = None) -> str | None:
+    """The task whose head a checkpoint has, by the class that its configuration names; None for a bare backbone.
+
+    Raises:
+        CheckpointError, SettingsError, RefusedError: as `load_model`.
+    """
+    where = parse_source(source)
+    with quiet_transformers(), translated(where, "any task"):
+        config = load_config(where, task="causal-lm", labels=None, offline=offline)
+    name = next(iter(config.architectures or ()), "")
+    if where.gguf is not None and not name:
+        return "causal-lm"
+    found = next((task for ending, task in HEADS.items() if name.endswith(ending)), None)
+    return "regression" if found == "sequence-classification" and config.num_labels == 1 else found
 
 
 def meta_model(source: str | Path, *, task: str, labels: Sequence[str] | None = None,

@@ -44,6 +44,10 @@ AUTO_CLASSES: dict[str, Any] = {
     "image-classification": AutoModelForImageClassification,
 }
 LABELLED = ("sequence-classification", "token-classification", "image-classification")
+# The end of the name of a class of transformers -> the task of its head.
+HEADS = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm", "ForConditionalGeneration": "seq2seq-lm",
+         "ForSequenceClassification": "sequence-classification", "ForTokenClassification": "token-classification",
+         "ForImageClassification": "image-classification"}
 NEW_HEAD = (*LABELLED, "regression")
 
 
