@@ -144,15 +144,14 @@ def test_what_cannot_be_counted_is_refused():
 def test_a_layer_whose_rows_are_not_the_batchs_is_refused_unless_all_tokens_are_real():
     model = toy("llama")
     found = batches("llama", count=1)
-    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: (args[0].reshape(-1, args[0].shape[-1])[:5],),
-                                                                  prepend=True)
-    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, args, out: torch.zeros(*found[0].inputs["input_ids"].shape,
-                                                                                              out.shape[-1]))
+    down = model.model.layers[0].mlp.down_proj
+    down.register_forward_pre_hook(lambda _, args: (args[0].reshape(-1, args[0].shape[-1])[:5],), prepend=True)
+    down.register_forward_hook(lambda _, args, out: torch.zeros(*found[0].inputs["input_ids"].shape, out.shape[-1]))
     sites = find_sites(model, "down", ("linear",), layers=[0])
     with pytest.raises(RefusedError, match="padding"):
         next(calibrated(model, found, sites, gram=False))
     full = Batch({"input_ids": found[0].inputs["input_ids"][:, :3]}, None, found[0].examples,
                  torch.full((4,), 3), 12)
-    model.model.layers[0].mlp.down_proj._forward_hooks.clear()
-    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, args, out: torch.zeros(4, 3, out.shape[-1]))
+    down._forward_hooks.clear()
+    down.register_forward_hook(lambda _, args, out: torch.zeros(4, 3, out.shape[-1]))
     assert next(calibrated(model, [full], sites, gram=False))["model.layers.0.mlp.down_proj"].tokens == 5
