@@ -26,7 +26,9 @@ class CompactLinear(nn.Module, ABC):
     def __init__(self, d_in: int, d_out: int, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.d_in, self.d_out, self.dtype = d_in, d_out, dtype
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.transposed = False  # whether the layer that it stands for stores its weight as (d_in, d_out), as Conv1D does
+        trains = bias is not None and bias.requires_grad
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=trains))
 
     @property
     def in_features(self) -> int:
@@ -40,11 +42,13 @@ class CompactLinear(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The shape (d_out, d_in) and type of the weight on the meta device, for code that reads these; it has no values.
+        """The shape and type of the weight of the layer that this one stands for, on the meta device: it has no values.
 
-        Values are in `dequantised`. Code that would compute with this tensor fails instead of decoding the layer each time.
+        For code that reads these. Values are in `dequantised`; code that would compute with this tensor fails instead of decoding
+        the layer each time.
         """
-        return torch.empty(self.d_out, self.d_in, dtype=self.dtype, device="meta")
+        shape = (self.d_in, self.d_out) if self.transposed else (self.d_out, self.d_in)
+        return torch.empty(shape, dtype=self.dtype, device="meta")
 
     @abstractmethod
     def dequantised(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -53,6 +57,14 @@ class CompactLinear(nn.Module, ABC):
     @abstractmethod
     def form(self) -> dict[str, Any]:
         """JSON-ready: the kind of layer and the sizes of all its tensors, from which `empty_layer` makes it again."""
+
+    @abstractmethod
+    def again(self, weight: Tensor, bias: Tensor | None) -> CompactLinear:
+        """A layer of the same form that is nearest to another weight (d_out, d_in), with this bias."""
+
+    def elements(self) -> int:
+        """Numbers that the layer's weight counts for: those of the dense weight that it stands for."""
+        return self.d_in * self.d_out
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out), bias included, in the dtype of x."""

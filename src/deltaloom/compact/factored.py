@@ -62,4 +62,18 @@ class FactoredLinear(CompactLinear):
 
     def form(self) -> dict[str, Any]:
         """The rank."""
-        return {"form": "factored", "d_in": self.d_in, "d_out": self.d_out, "bias": self.bias is not None, "rank": self.rank}
+        return {"form": "factored", "d_in": self.d_in, "d_out": self.d_out, "bias": self.bias is not None,
+                "transposed": self.transposed, "rank": self.rank}
+
+    def again(self, weight: Tensor, bias: Tensor | None) -> FactoredLinear:
+        """The nearest weight of the same rank: its largest singular values."""
+        u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
+        root = s[:self.rank].sqrt()
+        right, left = (root[:, None] * v[:self.rank]).to(self.dtype), (u[:, :self.rank] * root).to(self.dtype)
+        made = FactoredLinear(right, left, bias)
+        made.transposed = self.transposed
+        return made.train(self.training)
+
+    def elements(self) -> int:
+        """Numbers of the two factors: there is no dense weight that they stand for."""
+        return self.rank * (self.d_in + self.d_out)

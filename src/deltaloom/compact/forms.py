@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -24,6 +24,12 @@ class _Form(Settings, ABC):
     d_in: int = Field(ge=1, le=LARGEST, strict=True)
     d_out: int = Field(ge=1, le=LARGEST, strict=True)
     bias: bool = Field(strict=True)
+    transposed: bool = Field(False, strict=True)
+
+    @property
+    @abstractmethod
+    def inner(self) -> int:
+        """The rank of its factors; 0 without."""
 
     @abstractmethod
     def layer(self, dtype: torch.dtype, device: torch.device | str) -> CompactLinear:
@@ -41,6 +47,11 @@ class _Quantised(_Form):
     settings: dict[str, Any] = Field(default_factory=dict)
     correction: int = Field(0, ge=0, le=LARGEST, strict=True)
 
+    @property
+    def inner(self) -> int:
+        """The correction's."""
+        return self.correction
+
     def layer(self, dtype: torch.dtype, device: torch.device | str) -> CompactLinear:
         """Raises SettingsError for an unknown codec."""
         codec = codec_from({"codec": self.codec, **self.settings})
@@ -53,6 +64,11 @@ class _Factored(_Form):
 
     rank: int = Field(ge=1, le=LARGEST, strict=True)
 
+    @property
+    def inner(self) -> int:
+        """The rank."""
+        return self.rank
+
     def layer(self, dtype: torch.dtype, device: torch.device | str) -> CompactLinear:
         """Two empty factors."""
         right = torch.empty(self.rank, self.d_in, dtype=dtype, device=device)
@@ -61,7 +77,6 @@ class _Factored(_Form):
 
 
 FORMS: dict[str, type[_Form]] = {form.kind: form for form in (_Quantised, _Factored)}
-Kind = Literal["quantised", "factored"]
 
 
 def empty_layer(form: object, dtype: torch.dtype, device: torch.device | str = "meta", where: str = "form") -> CompactLinear:
@@ -75,6 +90,12 @@ def empty_layer(form: object, dtype: torch.dtype, device: torch.device | str = "
         raise SettingsError(f"{where}: not the form of a compact layer", got=str(form)[:200], legal=list(FORMS))
     values = {key: value for key, value in form.items() if key != "form"}
     if kind == _Quantised.kind:
-        known = {"d_in", "d_out", "bias", "codec", "correction"}
+        known = {"d_in", "d_out", "bias", "transposed", "codec", "correction"}
         values["settings"] = {key: values.pop(key) for key in list(values) if key not in known}
-    return FORMS[kind].parse(values, where).layer(dtype, device)
+    parsed = FORMS[kind].parse(values, where)
+    if parsed.inner > min(parsed.d_in, parsed.d_out):
+        raise SettingsError(f"{where}: a rank above the sizes of the layer", got=parsed.inner,
+                            legal=f"up to {min(parsed.d_in, parsed.d_out)}")
+    layer = parsed.layer(dtype, device)
+    layer.transposed = parsed.transposed
+    return layer

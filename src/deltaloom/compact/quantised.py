@@ -94,7 +94,17 @@ class QuantisedLinear(CompactLinear):
     def form(self) -> dict[str, Any]:
         """The codec with its settings, and the rank of the correction."""
         return {"form": "quantised", "d_in": self.d_in, "d_out": self.d_out, "bias": self.bias is not None,
-                **codec_record(self.codec), "correction": self.correction}
+                "transposed": self.transposed, **codec_record(self.codec), "correction": self.correction}
+
+    def again(self, weight: Tensor, bias: Tensor | None) -> QuantisedLinear:
+        """The same codec on what the correction, which stays, leaves of the weight."""
+        rest, correction = weight, None
+        if self.left is not None and self.right is not None:
+            correction = (self.left, self.right)
+            rest = weight - self.left.to(weight.dtype) @ self.right.to(weight.dtype)
+        made = self.from_tensors(self.codec.encode(rest), self.d_in, self.d_out, bias, self.codec, self.dtype, correction)
+        made.transposed = self.transposed
+        return made.train(self.training)
 
     def extra_repr(self) -> str:
         """Sizes, bytes and the codec."""
