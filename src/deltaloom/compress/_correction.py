@@ -58,11 +58,9 @@ class Correction(LayerCompressor, ABC):
         """The weights (d_out, d_in) of the untouched model.
 
         Raises:
-            RefusedError: it cannot be loaded again, or has other layers than this one (units were removed, layers dropped).
+            RefusedError: nothing says how to load it, or it has other layers (units were removed, blocks dropped).
         """
-        if work.original is None:
-            raise RefusedError("the correction needs the model as it was before it was quantised, and nothing says where it is")
-        original = work.original()
+        original = work.teacher()
         paths = {path for path, _ in original.named_modules()}
         odd = [site.path for site in sites if site.path not in paths or
                affine_weight(dense_layer(original, site.path)).shape != (site.d_out, site.d_in)]
