@@ -50,6 +50,23 @@ def best_of_rank(weight: Tensor, rank: int, gram: Tensor | None = None) -> tuple
 
 
 @torch.no_grad()
+def leading(matrix: Tensor, rank: int) -> Tensor:
+    """The eigenvectors (d, rank) of a symmetric matrix (d, d) with the largest eigenvalues, largest first; float64."""
+    return torch.linalg.eigh((matrix + matrix.T).double() / 2)[1].flip(1)[:, :rank]
+
+
+@torch.no_grad()
+def refitted_left(weight: Tensor, right: Tensor, gram: Tensor) -> Tensor:
+    """left (d_out, r) with the least output error of left @ right for a weight and its inputs' Gram matrix; float64.
+
+    left = W G B^T (B G B^T)^+ with B the right factor (r, d_in); the pseudo-inverse, as bases may hold more than inputs reach.
+    """
+    product = gram.double() @ right.detach().double().T
+    inverse = torch.linalg.pinv(right.detach().double() @ product, hermitian=True)
+    return weight.detach().double() @ product @ inverse
+
+
+@torch.no_grad()
 def output_error(change: Tensor, gram: Tensor | None = None) -> float:
     """The squared error of the outputs by a change (d_out, d_in) of the weight; without Gram its squared Frobenius norm."""
     matrix = _checked(change, gram)
