@@ -12,17 +12,19 @@ from transformers import PreTrainedModel
 
 from deltaloom.compact import QuantisedLinear
 from deltaloom.compact.face import affine_weight
-from deltaloom.compress._layers import LayerCompressor, dense_layer, put_layer, whole_in_block
+from deltaloom.compress._layers import OnlyBlocks, TargetLayers, dense_layer, put_layer, whole_in_block
 from deltaloom.compress._rounding import quantised_record
-from deltaloom.compress.base import Work
+from deltaloom.compress.base import Compressor, Work
 from deltaloom.errors import RefusedError
 from deltaloom.linalg.matrix import best_of_rank, ridged
 from deltaloom.sites import Site, find_sites
 
 
-class Correction(LayerCompressor, ABC):
+class Correction(Compressor, ABC):
     """A product left (d_out, rank) right (rank, d_in) beside each quantised weight."""
 
+    targets: TargetLayers = "all-linear"
+    layers: OnlyBlocks = None
     rank: int = Field(16, ge=1, description="of the correction")
 
     def sites(self, model: PreTrainedModel) -> list[Site]:

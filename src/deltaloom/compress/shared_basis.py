@@ -30,9 +30,9 @@ from deltaloom.architectures import split_path
 from deltaloom.compact import FactoredLinear
 from deltaloom.compact.face import affine_weight
 from deltaloom.compress._calibration import calibrated
-from deltaloom.compress._layers import LayerCompressor, dense_layer, put_layer
+from deltaloom.compress._layers import OnlyBlocks, TargetLayers, dense_layer, dense_sites, put_layer
 from deltaloom.compress._lowrank import layer_record, summed_facts
-from deltaloom.compress.base import Facts, Work
+from deltaloom.compress.base import Compressor, Facts, Work
 from deltaloom.errors import RefusedError
 from deltaloom.linalg.matrix import best_of_rank, leading, refitted_left, ridged
 from deltaloom.sites import Site
@@ -40,15 +40,21 @@ from deltaloom.sites import Site
 WRITERS = ("o", "down")
 
 
-class SharedBasis(LayerCompressor):
+class SharedBasis(Compressor):
     """Low rank with a basis that several layers share."""
 
     name: ClassVar[str] = "shared-basis"
     calibrates: ClassVar[bool] = True
 
+    targets: TargetLayers = "all-linear"
+    layers: OnlyBlocks = None
     ratio: float = Field(0.8, gt=0, lt=1, description="kept parameters of the target layers, as a share")
     blocks: int = Field(2, ge=2, description="neighbouring blocks that share")
     ridge: float = Field(1e-3, ge=0, description="added to the inputs' Gram matrices, as a share of their mean diagonals")
+
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """The target layers; errors as `dense_sites`."""
+        return dense_sites(model, self.targets, self.layers)
 
     def sketch(self, model: PreTrainedModel) -> None:
         """Empty factors."""
@@ -103,12 +109,13 @@ class SharedBasis(LayerCompressor):
         weights = [affine_weight(dense_layer(model, site.path)).detach().double() for site in group]
         grams = [ridged(products[site.path], self.ridge) for site in group]
         if _writes(group[0]):
-            outer = [weight @ gram @ weight.T for weight, gram in zip(weights, grams, strict=True)]
-            shared = leading(sum(each / _positive(each.trace()) for each in outer), rank)
+            outer = torch.stack([weight @ gram @ weight.T for weight, gram in zip(weights, grams, strict=True)])
+            shared = leading((outer / _positive(_traces(outer))).sum(0), rank)
             owned = [shared.T @ weight for weight in weights]
             pairs = [(shared, own) for own in owned]
         else:
-            common = sum(gram / _positive(gram.trace()) for gram in grams)
+            several = torch.stack(grams)
+            common = (several / _positive(_traces(several))).sum(0)
             scaled = [weight / _positive(((weight @ common) * weight).sum()).sqrt() for weight in weights]
             shared = best_of_rank(torch.cat(scaled), rank, common)[1]
             owned = [refitted_left(weight, shared, gram) for weight, gram in zip(weights, grams, strict=True)]
@@ -127,6 +134,11 @@ def _writes(site: Site) -> bool:
     return site.role in WRITERS
 
 
+def _traces(matrices: Tensor) -> Tensor:
+    """(n, d, d) -> (n, 1, 1)"""
+    return matrices.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+
+
 def _positive(value: Tensor) -> Tensor:
     return value.clamp(min=torch.finfo(torch.float64).tiny)
 
@@ -137,5 +149,5 @@ def _put(model: nn.Module, group: Sequence[Site], shared: Tensor, owned: Sequenc
     one = nn.Parameter(shared.to(weight.dtype).contiguous(), requires_grad=False)
     for site, own in zip(group, owned, strict=True):
         layer, mine = dense_layer(model, site.path), own.to(weight.dtype).contiguous()
-        pair = (mine, one) if _writes(site) else (one, mine)
-        put_layer(model, site.path, FactoredLinear(*pair, layer.bias))
+        right, left = (mine, one) if _writes(site) else (one, mine)
+        put_layer(model, site.path, FactoredLinear(right, left, layer.bias))

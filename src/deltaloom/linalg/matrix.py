@@ -30,7 +30,7 @@ def output_directions(weight: Tensor, gram: Tensor | None = None) -> tuple[Tenso
     if d_out <= d_in:
         values, directions = torch.linalg.eigh(_outer(matrix, gram))
         return values.flip(0).clamp(min=0), directions.flip(1)
-    root = matrix if gram is None else matrix @ symmetric_root(gram)
+    root = matrix if gram is None else matrix @ _root(gram)
     values, rights = torch.linalg.eigh(root.T @ root)
     values, rights = values.flip(0).clamp(min=0), rights.flip(1)
     return values, torch.linalg.qr(root @ rights)[0]  # orthogonal already; those without energy become directions too
@@ -95,10 +95,13 @@ def ridged(gram: Tensor, ridge: float) -> Tensor:
     return gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
-def symmetric_root(gram: Tensor) -> Tensor:
-    """The symmetric square root of a positive semidefinite matrix, float64; singular ones too."""
+def _root(gram: Tensor) -> Tensor:
+    """R with R R^T = G for a positive semidefinite G, float64: the Cholesky factor, or by eigenvalues where there is none."""
+    lower, failed = torch.linalg.cholesky_ex(gram.double())
+    if not int(failed):
+        return lower
     values, vectors = torch.linalg.eigh(gram.double())
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return vectors * values.clamp(min=0).sqrt()
 
 
 def _outer(matrix: Tensor, gram: Tensor | None) -> Tensor:
