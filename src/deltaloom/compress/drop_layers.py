@@ -95,6 +95,9 @@ class DropLayers(Compressor):
     def _count(self, stack: Blocks) -> int:
         """How many of them stay."""
         free = len(self._free(stack))
+        if not free:
+            raise RefusedError(f"{self.name} may drop no block of {stack.path}", got=f"{len(stack)} blocks, all of them kept",
+                               hint="Keep fewer first and last blocks.")
         count = self.keep if self.keep is not None else round((self.ratio or 0.0) * free)
         if count >= free or count + len(stack) - free < 1:
             raise RefusedError(f"{self.name} cannot keep that many of the blocks of {stack.path}" if count >= free else
