@@ -56,6 +56,14 @@ def toy(layout: str, seed: int = 0, dtype: torch.dtype = torch.float32, blocks: 
     return model.eval().to(dtype)
 
 
+def quantised_toy(layout: str, codec: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The tiny model with the linears inside its blocks quantised."""
+    from deltaloom.compact import codec_from
+    from deltaloom.models.compact import quantise_model
+
+    return quantise_model(toy(layout, seed, dtype), codec_from(codec))
+
+
 def toy_batch(layout: str, rows: int = 3, time: int = 7, seed: int = 1, labels: bool = True) -> dict[str, Tensor]:
     """Inputs that fit the layout, with labels."""
     generator = torch.Generator().manual_seed(seed)

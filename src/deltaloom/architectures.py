@@ -146,3 +146,27 @@ def role_of(family: Family | None, rest: str) -> str:
                 return role
         return leaf
     return COMMON_ROLES.get(leaf, leaf)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Where a configuration says how wide the inside of a block is, where it can say another width than the usual one."""
+
+    neurons: dict[str, str]     # path of a stack -> key: neurons of the feed-forward layer
+    heads: str | None = None    # key: heads of a query; None where the width of a head follows from their number
+    groups: str | None = None   # key: heads of keys and values; None where there are as many as of a query
+    head: str | None = None     # key: width of a head, to be written where the number of heads changes
+    by_head: str | None = None  # table in a block with one column for each head, which all blocks of the stack read
+
+
+_GROUPED = Widths({"*": "intermediate_size"}, "num_attention_heads", "num_key_value_heads", "head_dim")
+
+WIDTHS: dict[str, Widths] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "smollm3"), _GROUPED),
+    "gpt2": Widths({"*": "n_inner"}),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "vit", "deit"),
+                    Widths({"*": "intermediate_size"})),
+    "distilbert": Widths({"*": "hidden_dim"}),
+    **dict.fromkeys(("t5", "mt5"), Widths({"*": "d_ff"}, "num_heads", None, "d_kv", NOT_BY_ROW[0])),
+    **dict.fromkeys(("bart", "mbart"), Widths({"*encoder.layers": "encoder_ffn_dim", "*decoder.layers": "decoder_ffn_dim"})),
+}

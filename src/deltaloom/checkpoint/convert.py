@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from deltaloom.checkpoint.peft import load_any
+from deltaloom.compact.face import affine_shape, own_tensors, stores_transposed
 from deltaloom.deltas._ranked import exceptions
 from deltaloom.deltas.base import Delta, LowRankDelta
 from deltaloom.deltas.lora import LoRA
 from deltaloom.errors import RefusedError, SettingsError
-from deltaloom.sites import Site, affine_weight
+from deltaloom.sites import Site
 from deltaloom.tuned import Attached, SavedDelta, SavedMethod, Tuned, restore
 from deltaloom.tuned.adapted import Adapted, wrappers
 from deltaloom.tuned.merging import exact_tensors, refuse_unfoldable
@@ -142,7 +142,7 @@ def _pairs(tuned: Tuned, lane: str, heads: Sequence[Attached]) -> dict[str, _Pai
 def _thin_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]]) -> _Pair | None:
     """The factors of low-rank deltas, side by side; None if there are others."""
     downs, ups = [], []
-    d_out = affine_weight(wrapper.base).shape[0] if all(isinstance(delta, LowRankDelta) for _, delta in items) else 0
+    d_out = affine_shape(wrapper.base)[0] if all(isinstance(delta, LowRankDelta) for _, delta in items) else 0
     for site, delta in items:
         if not isinstance(delta, LowRankDelta):
             return None
@@ -155,7 +155,7 @@ def _thin_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]]) -> _Pair |
 
 def _dense_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]], whole: bool) -> _Pair:
     """The change of a layer's weight by its singular values, all of them that are more than rounding."""
-    path, own = wrapper.path, dict(wrapper.base.named_parameters(recurse=False))
+    path, own = wrapper.path, own_tensors(wrapper.base)
     exact = exact_tensors(wrapper, items)
     others = [key for key, tensor in exact.items() if key != "weight" and (key not in own or not torch.equal(
         tensor.double(), own[key].detach().double()))]
@@ -163,7 +163,7 @@ def _dense_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]], whole: bo
         reason = f"the {', '.join(others)} of a layer" if others else "a norm" if whole else "a layer that is replaced as well"
         raise RefusedError(f"a low-rank delta cannot change {reason}", got=path, hint="Keep the native format, or merge.")
     change = exact.get("weight", own["weight"]).double() - own["weight"].detach().double()
-    change = change.T if isinstance(wrapper.base, Conv1D | nn.Embedding) else change
+    change = change.T if stores_transposed(wrapper.base) else change
     u, s, v = torch.linalg.svd(change, full_matrices=False)
     rank = max(1, int((s > NEGLIGIBLE * s[0]).sum()))
     root = s[:rank].sqrt()

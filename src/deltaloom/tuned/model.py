@@ -362,13 +362,13 @@ class Tuned(nn.Module):
 
     # ---- merging --------------------------------------------------------------------------------------------------
 
-    def merge(self, name: str | None = None) -> MergeFacts:
+    def merge(self, name: str | None = None, *, requantise: bool = False) -> MergeFacts:
         """Fold a lane into the weights; see `deltaloom.tuned.merging.merge`.
 
         Raises:
             RefusedError: a delta cannot be folded, with the reason; nothing has been changed.
         """
-        return merge(self, name)
+        return merge(self, name, requantise=requantise)
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit."""

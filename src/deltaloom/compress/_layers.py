@@ -1,0 +1,86 @@
+"""The layers that a compressor of weights works on: the dense affine layers inside the blocks that its targets name."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Sequence
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from deltaloom.compact import CompactLinear
+from deltaloom.compress.base import Compressor
+from deltaloom.errors import RefusedError
+from deltaloom.sites import Site, Targets, affine_weight, find_sites
+
+
+class LayerCompressor(Compressor, ABC):
+    """A compressor of affine layers inside the blocks: the layers that are targets."""
+
+    targets: str | tuple[str, ...] = Field("all-linear", description="the layers of the blocks to compress")
+    layers: tuple[int, ...] | None = Field(None, description="only these blocks")
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, value: Targets) -> Targets:
+        if not value:
+            raise ValueError("name at least one target")
+        return value
+
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """The target layers, whole ones with a dense weight.
+
+        Raises:
+            TargetError: targets that match nothing. RefusedError: layers that are compressed already.
+        """
+        found = find_sites(model, self.targets, ("linear",), self.layers, keep=whole_in_block)
+        compact = [site.path for site in found if isinstance(model.get_submodule(site.path), CompactLinear)]
+        if compact:
+            more = [f"and {len(compact) - 8} more"] if len(compact) > 8 else []
+            raise RefusedError("these layers are quantised or factored already, so they have no dense weight to compress",
+                               problems=[*compact[:8], *more], hint="Start from the untouched model, or leave them out.")
+        return found
+
+
+def whole_in_block(site: Site) -> bool:
+    """Whether a site is a whole layer, no part of a fused one, inside a block."""
+    return site.layer is not None and site.part is None
+
+
+def dense_layer(model: nn.Module, path: str) -> nn.Linear | Conv1D:
+    """The layer at a path.
+
+    Raises:
+        RefusedError: it has no dense weight.
+    """
+    layer = model.get_submodule(path)
+    if not isinstance(layer, nn.Linear | Conv1D):
+        raise RefusedError("not a layer with a dense weight", got=f"{path}: {type(layer).__name__}")
+    return layer
+
+
+def put_weight(layer: nn.Linear | Conv1D, weight: Tensor) -> None:
+    """Another weight (d_out, d_in) of the same shape, rounded to the layer's type."""
+    with torch.no_grad():
+        affine_weight(layer).copy_(weight)
+
+
+def put_layer(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Another layer in the place of the one at a path, and wherever else the model uses that same layer."""
+    old = model.get_submodule(path)
+    new.train(old.training)
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+
+
+def by_kind(sites: Sequence[Site], key: Callable[[Site], object] = lambda site: ()) -> list[list[Site]]:
+    """Layers of one stack, role and shape (and `key`) together, in the order of the model."""
+    groups: dict[object, list[Site]] = {}
+    for site in sites:
+        groups.setdefault((site.stack, site.role, site.d_out, site.d_in, key(site)), []).append(site)
+    return list(groups.values())
