@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._calibration import calibrated
 from deltaloom.data.batches import Batch
 from deltaloom.errors import NonFiniteError, RefusedError, SettingsError
-from deltaloom.sites import affine_weight, find_sites
+from deltaloom.sites import find_sites
 from tests.compress.pieces import batches
 from tests.toys import MORE_LAYOUTS, toy
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deltaloom.compact import FactoredLinear
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._calibration import calibrated
 from deltaloom.compress._lowrank import allocated, most_rank
 from deltaloom.compress.base import weight_bytes
@@ -11,7 +12,6 @@ from deltaloom.compress.quantise import Quantise
 from deltaloom.compress.svd import SVD
 from deltaloom.compress.whitened_svd import WhitenedSVD
 from deltaloom.errors import RefusedError, SettingsError, TargetError
-from deltaloom.sites import affine_weight
 from tests.compress.pieces import LAYOUTS, batches, compressed, outputs, shapes, sketched, work
 from tests.toys import toy
 

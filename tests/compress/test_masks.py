@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._calibration import calibrated
 from deltaloom.compress._masks import kept
 from deltaloom.compress.magnitude import Magnitude
 from deltaloom.compress.svd import SVD
 from deltaloom.compress.wanda import Wanda
 from deltaloom.errors import RefusedError, SettingsError
-from deltaloom.sites import affine_weight
 from tests.compress.pieces import LAYOUTS, compressed, meta, work
 from tests.toys import toy
 

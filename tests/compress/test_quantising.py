@@ -5,6 +5,7 @@ import torch
 
 from deltaloom.compact import FactoredLinear, QuantisedLinear, codec_from
 from deltaloom.compact.codecs.int4 import Int4
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._calibration import calibrated
 from deltaloom.compress._gptq import inverse_factor, rounded
 from deltaloom.compress.base import weight_bytes
@@ -12,7 +13,6 @@ from deltaloom.compress.gptq import GPTQ
 from deltaloom.compress.quantise import Quantise
 from deltaloom.compress.svd import SVD
 from deltaloom.errors import NonFiniteError, RefusedError, SettingsError
-from deltaloom.sites import affine_weight
 from tests.compress.pieces import LAYOUTS, compressed, outputs, sketched, work
 from tests.toys import toy
 

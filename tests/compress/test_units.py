@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._calibration import calibrated
 from deltaloom.compress._prune import importances, refitted
 from deltaloom.compress._units import Cut, heads_of, neurons_of, shrink
@@ -12,7 +13,7 @@ from deltaloom.compress.prune_heads import PruneHeads
 from deltaloom.compress.prune_neurons import PruneNeurons
 from deltaloom.compress.quantise import Quantise
 from deltaloom.errors import RefusedError
-from deltaloom.sites import affine_weight, all_sites
+from deltaloom.sites import all_sites
 from tests.compress.pieces import batches, compressed, meta, outputs, shapes, work
 from tests.toys import toy, toy_batch
 

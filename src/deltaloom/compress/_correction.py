@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaloom.compact import QuantisedLinear
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._layers import LayerCompressor, dense_layer, put_layer, whole_in_block
 from deltaloom.compress._rounding import quantised_record
 from deltaloom.compress.base import Work
 from deltaloom.errors import RefusedError
 from deltaloom.linalg.matrix import best_of_rank, ridged
-from deltaloom.sites import Site, affine_weight, find_sites
+from deltaloom.sites import Site, find_sites
 
 
 class Correction(LayerCompressor, ABC):

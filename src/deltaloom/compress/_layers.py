@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deltaloom.compact import CompactLinear
+from deltaloom.compact.face import affine_weight, stores_transposed
 from deltaloom.compress.base import Compressor
 from deltaloom.errors import RefusedError
-from deltaloom.sites import Site, Targets, affine_weight, find_sites
+from deltaloom.sites import Site, Targets, find_sites
 
 
 class LayerCompressor(Compressor, ABC):
@@ -71,6 +72,8 @@ def put_weight(layer: nn.Linear | Conv1D, weight: Tensor) -> None:
 def put_layer(model: nn.Module, path: str, new: nn.Module) -> None:
     """Another layer in the place of the one at a path, and wherever else the model uses that same layer."""
     old = model.get_submodule(path)
+    if isinstance(new, CompactLinear):
+        new.transposed = stores_transposed(old)
     new.train(old.training)
     for module in model.modules():
         for name, child in module._modules.items():

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaloom.compact import FactoredLinear
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._layers import LayerCompressor, by_kind, dense_layer, put_layer
 from deltaloom.compress.base import Facts
 from deltaloom.errors import RefusedError
 from deltaloom.linalg.matrix import output_error
-from deltaloom.sites import Site, affine_weight
+from deltaloom.sites import Site
 
 LEAST_SHARE = 0.25  # of the mean rank, for the rank of any layer of a group: no layer is given up for the others
 

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._calibration import calibrated
 from deltaloom.compress._layers import dense_layer, put_weight
 from deltaloom.compress._lowrank import relative
@@ -28,7 +29,7 @@ from deltaloom.compress._units import Cut, Units, shrink
 from deltaloom.compress.base import Compressor, Facts, Work
 from deltaloom.errors import RefusedError
 from deltaloom.linalg.matrix import output_error
-from deltaloom.sites import Site, affine_weight, all_sites
+from deltaloom.sites import Site, all_sites
 
 
 class UnitCompressor(Compressor, ABC):

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltaloom.compact import Codec, QuantisedLinear
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._layers import dense_layer, put_layer
 from deltaloom.compress._lowrank import relative
 from deltaloom.linalg.matrix import output_error
-from deltaloom.sites import affine_weight
 
 
 def sketch_quantised(model: nn.Module, path: str, codec: Codec) -> None:

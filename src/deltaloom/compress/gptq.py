@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from deltaloom.compact import QuantisedLinear
 from deltaloom.compact.codecs.int4 import Int4
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._calibration import calibrated
 from deltaloom.compress._gptq import Order, rounded
 from deltaloom.compress._layers import LayerCompressor, dense_layer, put_layer
 from deltaloom.compress._rounding import bits_figures, quantised_record, sketch_quantised
 from deltaloom.compress.base import Facts, Work
-from deltaloom.sites import affine_weight
 
 
 class GPTQ(LayerCompressor):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._layers import dense_layer, put_weight
 from deltaloom.compress._masks import MaskCompressor, zero_facts, zeroed_record
 from deltaloom.compress.base import Facts, Work
-from deltaloom.sites import affine_weight
 
 
 class Magnitude(MaskCompressor):

@@ -13,11 +13,11 @@ from pydantic import Field, field_validator
 from transformers import PreTrainedModel
 
 from deltaloom.compact import QuantisedLinear, codec_from
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._layers import LayerCompressor, dense_layer, put_layer
 from deltaloom.compress._rounding import bits_figures, quantised_record, sketch_quantised
 from deltaloom.compress.base import Facts, Work
 from deltaloom.errors import SettingsError
-from deltaloom.sites import affine_weight
 
 
 class Quantise(LayerCompressor):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._layers import dense_layer
 from deltaloom.compress._lowrank import LowRankCompressor, factor, layer_record, summed_facts
 from deltaloom.compress.base import Facts, Work
 from deltaloom.linalg.matrix import best_of_rank, output_directions
-from deltaloom.sites import affine_weight
 
 
 class SVD(LowRankCompressor):

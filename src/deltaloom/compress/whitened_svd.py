@@ -16,12 +16,12 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from deltaloom.compact.face import affine_weight
 from deltaloom.compress._calibration import calibrated
 from deltaloom.compress._layers import dense_layer
 from deltaloom.compress._lowrank import LowRankCompressor, factor, layer_record, summed_facts
 from deltaloom.compress.base import Facts, Work
 from deltaloom.linalg.matrix import best_of_rank, output_directions, ridged
-from deltaloom.sites import affine_weight
 
 
 class WhitenedSVD(LowRankCompressor):
