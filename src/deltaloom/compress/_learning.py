@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from deltaloom.compress._blocks import stacks_of
+from deltaloom.compress._factors import opened_factors
 from deltaloom.compress.base import Facts, Work
 from deltaloom.deltas.base import Method, layer_indices, method_from
 from deltaloom.deltas.full import Full
@@ -76,6 +79,23 @@ def learn(work: Work, methods: Sequence[Method], learner: Learner, settings: Tra
     """
     if not work.examples:
         raise RefusedError("there are no rows to learn from", hint="Give Work(examples=...).")
+    zeros = zero_count(work.model)
+    with opened_factors(work.model):
+        facts = _learn(work, methods, learner, settings, micro_tokens, seed)
+    filled = zeros - zero_count(work.model)
+    if filled > 0.01 * zeros:
+        facts.notes.append(f"{filled / zeros:.0%} of the zeros that were in the weights are filled again: pruned entries do not "
+                           "stay zero when deltas are folded in")
+    return facts
+
+
+def zero_count(model: torch.nn.Module) -> int:
+    """Entries of the model's matrices that are exactly zero."""
+    return sum(int((parameter == 0).sum()) for parameter in model.parameters() if parameter.ndim > 1)
+
+
+def _learn(work: Work, methods: Sequence[Method], learner: Learner, settings: TrainSettings, micro_tokens: int,
+           seed: int) -> Facts:
     kept = {record["tensor"].rpartition(".")[0] for record in work.promised}
     touched = [site.path for method in methods for site in method.sites(work.model) if site.path in kept]
     if touched:

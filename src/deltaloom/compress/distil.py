@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaloom.compress._blocks import stacks_of
+from deltaloom.compress._factors import opened_factors
 from deltaloom.compress._hidden import is_decoder, real_places
 from deltaloom.compress._learning import everything, free_layers, learn, methods_of, narrowed
 from deltaloom.compress.base import Compressor, Facts, Work
@@ -54,7 +55,8 @@ class Distil(Compressor):
     keep_last: int = Field(0, ge=0)
     """offsite: blocks at the end that the compared one lies before."""
     deltas: tuple[dict[str, Any], ...] = ()
-    """Records of methods as in a run file, of those that can be folded in; default: all weights of the blocks."""
+    """Records of methods as in a run file, of those that can be folded in; default: all weights of the blocks.
+    Of a factored layer NAME the factors are the layers NAME.right and NAME.left."""
     train: TrainSettings = Field(TrainSettings(epochs=1, learning_rate=1e-4), description="as the `train` section of a run file")
     layers: tuple[int, ...] | None = None
     """Only these blocks are trained."""
@@ -73,8 +75,9 @@ class Distil(Compressor):
         Raises:
             TargetError: a method finds nothing to train, or there is no block to compare.
         """
-        for method in narrowed(methods_of(self.deltas, self.name) or [everything(model)], self.layers):
-            method.sites(model)
+        with opened_factors(model):
+            for method in narrowed(methods_of(self.deltas, self.name) or [everything(model)], self.layers):
+                method.sites(model)
         short = [stack.path for stack in stacks_of(model) if len(stack) <= self.keep_last]
         if short:
             raise TargetError("no block is left to compare", got=f"keep_last {self.keep_last}", problems=short)

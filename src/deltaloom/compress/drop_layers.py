@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from deltaloom.compress._blocks import Blocks, keep_blocks, stacks_of
+from deltaloom.compress._blocks import Blocks, check_droppable, keep_blocks, stacks_of
 from deltaloom.compress._hidden import Observer, Seen, watched
 from deltaloom.compress.base import Compressor, Facts, Work
 from deltaloom.errors import RefusedError, TargetError
@@ -73,6 +73,7 @@ class DropLayers(Compressor):
     def apply(self, work: Work) -> Facts:
         """Choose and drop."""
         stacks = stacks_of(work.model)
+        check_droppable(stacks)
         ways: dict[str, Callable[[Work, Sequence[Blocks]], tuple[Choice, Facts]]] = {
             "uniform": self._uniform, "block-influence": self._by_influence, "cluster": self._by_clusters}
         chosen, facts = ways[self.choose](work, stacks)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
+from deltaloom.compress._factors import opened_factors
 from deltaloom.compress._learning import free_layers, learn, methods_of, narrowed
 from deltaloom.compress.base import Compressor, Facts, Work
 from deltaloom.deltas.base import Method
@@ -30,7 +31,8 @@ class Heal(Compressor):
     calibrates: ClassVar[bool] = True
 
     deltas: tuple[dict[str, Any], ...] = ()
-    """Records of methods as in a run file, of those that can be folded in; default: low-rank deltas of rank 8 on all linears."""
+    """Records of methods as in a run file, of those that can be folded in; default: low-rank deltas of rank 8 on all linears.
+    Of a factored layer NAME the factors are the layers NAME.right and NAME.left."""
     train: TrainSettings = Field(TrainSettings(epochs=1, learning_rate=5e-4), description="as the `train` section of a run file")
     layers: tuple[int, ...] | None = None
     """Only these blocks are trained."""
@@ -49,8 +51,9 @@ class Heal(Compressor):
         Raises:
             TargetError: a method finds nothing to train.
         """
-        for method in narrowed(self._methods(), self.layers):
-            method.sites(model)
+        with opened_factors(model):
+            for method in narrowed(self._methods(), self.layers):
+                method.sites(model)
 
     def apply(self, work: Work) -> Facts:
         """Train and fold in."""

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deltaloom.checkpoint.merged import write_model
+from deltaloom.compact.face import parameter_count
 from deltaloom.compress.base import Compressor, Work, check_kept, compressor_record, weight_bytes
 from deltaloom.data.batches import Batch, micro_batches
 from deltaloom.data.encode import Example
@@ -31,6 +32,7 @@ from deltaloom.jobs.prepare import chosen_precision
 from deltaloom.jobs.probe import probe, side_by_side
 from deltaloom.jobs.scoring import score
 from deltaloom.models import LoadedModel, load_model, meta_model, own_task
+from deltaloom.models.compact import record_forms
 from deltaloom.models.identity import tokenizer_hash
 from deltaloom.models.load import NEW_HEAD
 from deltaloom.report.card import base_model
@@ -150,8 +152,8 @@ def prepare(run: CompressRun, say: Say) -> Prepared:
 
 
 def sizes(model: torch.nn.Module) -> dict[str, int]:
-    """Parameters and bytes of a model."""
-    return {"parameters": sum(parameter.numel() for parameter in model.parameters()), "bytes": weight_bytes(model)}
+    """Parameters (a quantised weight counts as the numbers it stands for) and bytes of a model."""
+    return {"parameters": parameter_count(model), "bytes": weight_bytes(model)}
 
 
 def _output(run: CompressRun) -> Path:
@@ -291,6 +293,8 @@ def _write(prepared: Prepared, opened: Opened, model: PreTrainedModel, output: P
     """The folder, under its name only when all of it is there and its model says what the one in memory says."""
     kept = _kept(model, prepared)
     inputs = probe(opened.loaded)
+    if isinstance(kept, PreTrainedModel):
+        record_forms(kept)
     with atomic_folder(output) as temporary:
         again = write_model(kept, opened.loaded.tokenizer or opened.loaded.processor, temporary)
         _check_same_output(kept, again, inputs)

@@ -125,16 +125,16 @@ def unmerge(tuned: Tuned) -> None:
 
 
 def bake(tuned: Tuned) -> MergeFacts:
-    """Fold the one delta into the weights for good and take the wrappers off: `tuned.model` is a plain model from now on.
+    """Fold the one delta into the weights for good and take the wrappers off: `tuned.model` is without deltas from now on.
 
-    The tuned model is used up by this.
+    Compact layers stay in their own form. The tuned model is used up by this.
 
     Raises:
         RefusedError: a delta cannot be folded, or there are several; nothing has been changed.
     """
     if len(tuned.lanes) != 1:
         raise RefusedError("only a single delta can be folded in for good", got=", ".join(tuned.lanes))
-    facts = merge(tuned)
+    facts = merge(tuned, requantise=True)
     for wrapper in wrappers(tuned.model):
         replace_module(tuned.model, wrapper.path, wrapper.base)
     for name, parameter in tuned.model.named_parameters():
