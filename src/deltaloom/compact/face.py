@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaloom.compact.base import CompactLinear
+from deltaloom.compact.factored import FactoredLinear
 from deltaloom.errors import RefusedError, TargetError
 
 
@@ -118,9 +119,9 @@ def compact_layers(model: nn.Module) -> dict[str, CompactLinear]:
 def parameter_count(model: nn.Module) -> int:
     """Numbers that a model's weights stand for: parameters, tied ones once, and the weights of compact layers as if dense.
 
-    The two factors of a factored layer count as they are.
+    The two factors of a factored layer count as they are, shared ones once.
     """
-    compact = compact_layers(model).values()
+    compact = [layer for layer in compact_layers(model).values() if not isinstance(layer, FactoredLinear)]
     hidden = {id(p) for layer in compact for name, p in layer.named_parameters(recurse=False) if name != "bias"}
     plain = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in hidden)
     return plain + sum(layer.elements() for layer in compact)

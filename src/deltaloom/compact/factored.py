@@ -19,7 +19,7 @@ class FactoredLinear(CompactLinear):
     """A layer of two factors. They are parameters, so that they can be trained further (after compression, for one)."""
 
     def __init__(self, right: Tensor, left: Tensor, bias: Tensor | None = None) -> None:
-        """The factors are kept, not copied.
+        """The factors are kept, not copied: a parameter that is given stays the one that other layers have too.
 
         Raises:
             RefusedError: their shapes or types do not fit one another, or the bias them.
@@ -31,8 +31,8 @@ class FactoredLinear(CompactLinear):
         if bias is not None and bias.shape != (left.shape[0],):
             raise RefusedError("the bias does not fit the factors", got=tuple(bias.shape), legal=(left.shape[0],))
         super().__init__(right.shape[1], left.shape[0], bias, right.dtype)
-        self.right = nn.Parameter(right.detach(), requires_grad=False)
-        self.left = nn.Parameter(left.detach(), requires_grad=False)
+        self.right = right if isinstance(right, nn.Parameter) else nn.Parameter(right.detach(), requires_grad=False)
+        self.left = left if isinstance(left, nn.Parameter) else nn.Parameter(left.detach(), requires_grad=False)
 
     @property
     def rank(self) -> int:

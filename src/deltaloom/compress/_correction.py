@@ -12,17 +12,19 @@ from transformers import PreTrainedModel
 
 from deltaloom.compact import QuantisedLinear
 from deltaloom.compact.face import affine_weight
-from deltaloom.compress._layers import LayerCompressor, dense_layer, put_layer, whole_in_block
+from deltaloom.compress._layers import OnlyBlocks, TargetLayers, dense_layer, put_layer, whole_in_block
 from deltaloom.compress._rounding import quantised_record
-from deltaloom.compress.base import Work
+from deltaloom.compress.base import Compressor, Work
 from deltaloom.errors import RefusedError
 from deltaloom.linalg.matrix import best_of_rank, ridged
 from deltaloom.sites import Site, find_sites
 
 
-class Correction(LayerCompressor, ABC):
+class Correction(Compressor, ABC):
     """A product left (d_out, rank) right (rank, d_in) beside each quantised weight."""
 
+    targets: TargetLayers = "all-linear"
+    layers: OnlyBlocks = None
     rank: int = Field(16, ge=1, description="of the correction")
 
     def sites(self, model: PreTrainedModel) -> list[Site]:
@@ -58,11 +60,9 @@ class Correction(LayerCompressor, ABC):
         """The weights (d_out, d_in) of the untouched model.
 
         Raises:
-            RefusedError: it cannot be loaded again, or has other layers than this one (units were removed, layers dropped).
+            RefusedError: nothing says how to load it, or it has other layers (units were removed, blocks dropped).
         """
-        if work.original is None:
-            raise RefusedError("the correction needs the model as it was before it was quantised, and nothing says where it is")
-        original = work.original()
+        original = work.teacher()
         paths = {path for path, _ in original.named_modules()}
         odd = [site.path for site in sites if site.path not in paths or
                affine_weight(dense_layer(original, site.path)).shape != (site.d_out, site.d_in)]

@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deltaloom.compact import CompactLinear
 from deltaloom.compact.face import affine_weight, stores_transposed
-from deltaloom.compress.base import Compressor
 from deltaloom.errors import RefusedError
 from deltaloom.sites import Site, Targets, find_sites
 
 
-class LayerCompressor(Compressor, ABC):
-    """A compressor of affine layers inside the blocks: the layers that are targets."""
+def _some(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if not value:
+        raise ValueError("name at least one target")
+    return value
 
-    targets: str | tuple[str, ...] = Field("all-linear", description="the layers of the blocks to compress")
-    layers: tuple[int, ...] | None = Field(None, description="only these blocks")
 
-    @field_validator("targets")
-    @classmethod
-    def _some(cls, value: Targets) -> Targets:
-        if not value:
-            raise ValueError("name at least one target")
-        return value
+# The settings of every compressor of single layers: `targets`, and `layers`.
+TargetLayers = Annotated[str | tuple[str, ...], Field(description="the layers of the blocks to compress"), AfterValidator(_some)]
+OnlyBlocks = Annotated[tuple[Annotated[int, Field(ge=0)], ...] | None, Field(description="only these blocks")]
 
-    def sites(self, model: PreTrainedModel) -> list[Site]:
-        """The target layers, whole ones with a dense weight.
 
-        Raises:
-            TargetError: targets that match nothing. RefusedError: layers that are compressed already.
-        """
-        found = find_sites(model, self.targets, ("linear",), self.layers, keep=whole_in_block)
-        compact = [site.path for site in found if isinstance(model.get_submodule(site.path), CompactLinear)]
-        if compact:
-            more = [f"and {len(compact) - 8} more"] if len(compact) > 8 else []
-            raise RefusedError("these layers are quantised or factored already, so they have no dense weight to compress",
-                               problems=[*compact[:8], *more], hint="Start from the untouched model, or leave them out.")
-        return found
+def dense_sites(model: PreTrainedModel, targets: Targets, layers: Sequence[int] | None) -> list[Site]:
+    """The affine layers inside the blocks that the targets name: whole ones with a dense weight.
+
+    Raises:
+        TargetError: targets that match nothing. RefusedError: layers that are compressed already.
+    """
+    found = find_sites(model, targets, ("linear",), layers, keep=whole_in_block)
+    compact = [site.path for site in found if isinstance(model.get_submodule(site.path), CompactLinear)]
+    if compact:
+        more = [f"and {len(compact) - 8} more"] if len(compact) > 8 else []
+        raise RefusedError("these layers are quantised or factored already, so they have no dense weight to compress",
+                           problems=[*compact[:8], *more], hint="Start from the untouched model, or leave them out.")
+    return found
 
 
 def whole_in_block(site: Site) -> bool:

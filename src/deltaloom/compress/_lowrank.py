@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from deltaloom.compact import FactoredLinear
 from deltaloom.compact.face import affine_weight
-from deltaloom.compress._layers import LayerCompressor, by_kind, dense_layer, put_layer
-from deltaloom.compress.base import Facts
+from deltaloom.compress._layers import OnlyBlocks, TargetLayers, by_kind, dense_layer, dense_sites, put_layer
+from deltaloom.compress.base import Compressor, Facts
 from deltaloom.errors import RefusedError
 from deltaloom.linalg.matrix import output_error
 from deltaloom.sites import Site
@@ -28,11 +28,17 @@ from deltaloom.sites import Site
 LEAST_SHARE = 0.25  # of the mean rank, for the rank of any layer of a group: no layer is given up for the others
 
 
-class LowRankCompressor(LayerCompressor, ABC):
+class LowRankCompressor(Compressor, ABC):
     """What the compressors by two factors share: budget and shapes."""
 
+    targets: TargetLayers = "all-linear"
+    layers: OnlyBlocks = None
     ratio: float = Field(0.8, gt=0, lt=1, description="kept parameters of the target layers, as a share")
     ranks: Literal["greedy", "uniform"] = Field("greedy", description="how layers of one shape and role share their budget")
+
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """The target layers; errors as `dense_sites`."""
+        return dense_sites(model, self.targets, self.layers)
 
     def sketch(self, model: PreTrainedModel) -> None:
         """Factors of the mean ranks; what ranks the layers get, the work decides, and the sum is the same."""

@@ -11,18 +11,20 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltaloom.compress._layers import LayerCompressor
+from deltaloom.compress._layers import OnlyBlocks, TargetLayers, dense_sites
 from deltaloom.compress._lowrank import relative
-from deltaloom.compress.base import Facts
+from deltaloom.compress.base import Compressor, Facts
 from deltaloom.errors import RefusedError
 from deltaloom.sites import Site
 
 PATTERN = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
 
 
-class MaskCompressor(LayerCompressor, ABC):
+class MaskCompressor(Compressor, ABC):
     """What the compressors that set entries to zero share. Nothing changes its shape: files stay as large as they were."""
 
+    targets: TargetLayers = "all-linear"
+    layers: OnlyBlocks = None
     sparsity: float | str = Field(0.5, description="share of zeros, or n:m to keep n of every m columns of a row")
 
     @field_validator("sparsity")
@@ -35,6 +37,10 @@ class MaskCompressor(LayerCompressor, ABC):
         elif not 0 < value < 1:
             raise ValueError("a share of zeros is between 0 and 1")
         return value
+
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """The target layers; errors as `dense_sites`."""
+        return dense_sites(model, self.targets, self.layers)
 
     def checked_sites(self, model: PreTrainedModel) -> list[Site]:
         """The target layers.

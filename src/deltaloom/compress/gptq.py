@@ -18,20 +18,27 @@ from deltaloom.compact.codecs.int4 import Int4
 from deltaloom.compact.face import affine_weight
 from deltaloom.compress._calibration import calibrated
 from deltaloom.compress._gptq import Order, rounded
-from deltaloom.compress._layers import LayerCompressor, dense_layer, put_layer
+from deltaloom.compress._layers import OnlyBlocks, TargetLayers, dense_layer, dense_sites, put_layer
 from deltaloom.compress._rounding import bits_figures, quantised_record, sketch_quantised
-from deltaloom.compress.base import Facts, Work
+from deltaloom.compress.base import Compressor, Facts, Work
+from deltaloom.sites import Site
 
 
-class GPTQ(LayerCompressor):
+class GPTQ(Compressor):
     """Calibrated int4."""
 
     name: ClassVar[str] = "gptq"
     calibrates: ClassVar[bool] = True
 
+    targets: TargetLayers = "all-linear"
+    layers: OnlyBlocks = None
     group: int = Field(128, ge=2, le=65536, multiple_of=2, description="columns that share a scale and zero point")
     damping: float = Field(0.01, ge=0, le=10, description="added to the inputs' Gram matrix, as a share of its mean diagonal")
     order: Order = Field("energy", description="columns in which order: natural, or largest inputs first")
+
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """The target layers; errors as `dense_sites`."""
+        return dense_sites(model, self.targets, self.layers)
 
     def sketch(self, model: PreTrainedModel) -> None:
         """Empty quantised layers."""

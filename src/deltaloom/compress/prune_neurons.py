@@ -23,15 +23,15 @@ class PruneNeurons(UnitCompressor):
     name: ClassVar[str] = "prune-neurons"
     calibrates: ClassVar[bool] = True
 
-    multiple: int = Field(8, ge=1, description="of which the number of neurons that stay is a multiple, rounded up")
+    multiple: int = Field(8, ge=1, description="of which the number of neurons that stay is a multiple")
 
     def units(self, model: PreTrainedModel) -> list[Units]:
         """Neurons."""
         return neurons_of(model)
 
     def kept_count(self, each: Units) -> int:
-        """The share that stays, rounded up to the multiple."""
-        kept = -(-round(each.count * (1 - self.share)) // self.multiple) * self.multiple
+        """The share that stays, to the nearest multiple."""
+        kept = round(each.count * (1 - self.share) / self.multiple) * self.multiple
         if not 0 < kept < each.count:
             raise RefusedError("no neuron would be removed, or all of them", got=f"share {self.share} of {each.count} neurons",
                                hint=f"What stays is a multiple of {self.multiple}: change the share, or `multiple`.")

@@ -14,17 +14,20 @@ from transformers import PreTrainedModel
 
 from deltaloom.compact import QuantisedLinear, codec_from
 from deltaloom.compact.face import affine_weight
-from deltaloom.compress._layers import LayerCompressor, dense_layer, put_layer
+from deltaloom.compress._layers import OnlyBlocks, TargetLayers, dense_layer, dense_sites, put_layer
 from deltaloom.compress._rounding import bits_figures, quantised_record, sketch_quantised
-from deltaloom.compress.base import Facts, Work
+from deltaloom.compress.base import Compressor, Facts, Work
 from deltaloom.errors import SettingsError
+from deltaloom.sites import Site
 
 
-class Quantise(LayerCompressor):
+class Quantise(Compressor):
     """Rounding to a codec's nearest values."""
 
     name: ClassVar[str] = "quantise"
 
+    targets: TargetLayers = "all-linear"
+    layers: OnlyBlocks = None
     codec: str | dict[str, Any] = Field("nf4", description="a codec's name, or {codec: NAME, its settings}")
 
     @field_validator("codec")
@@ -35,6 +38,10 @@ class Quantise(LayerCompressor):
         except SettingsError as error:
             raise ValueError(str(error)) from None
         return value
+
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """The target layers; errors as `dense_sites`."""
+        return dense_sites(model, self.targets, self.layers)
 
     def sketch(self, model: PreTrainedModel) -> None:
         """Empty quantised layers."""

@@ -30,7 +30,7 @@ def output_directions(weight: Tensor, gram: Tensor | None = None) -> tuple[Tenso
     if d_out <= d_in:
         values, directions = torch.linalg.eigh(_outer(matrix, gram))
         return values.flip(0).clamp(min=0), directions.flip(1)
-    root = matrix if gram is None else matrix @ symmetric_root(gram)
+    root = matrix if gram is None else matrix @ _root(gram)
     values, rights = torch.linalg.eigh(root.T @ root)
     values, rights = values.flip(0).clamp(min=0), rights.flip(1)
     return values, torch.linalg.qr(root @ rights)[0]  # orthogonal already; those without energy become directions too
@@ -47,6 +47,23 @@ def best_of_rank(weight: Tensor, rank: int, gram: Tensor | None = None) -> tuple
         raise ValueError(f"the rank of a {tuple(weight.shape)} matrix is 0 to {min(weight.shape)}, got {rank}")
     left = output_directions(weight, gram)[1][:, :rank]
     return left, left.T @ weight.detach().double()
+
+
+@torch.no_grad()
+def leading(matrix: Tensor, rank: int) -> Tensor:
+    """The eigenvectors (d, rank) of a symmetric matrix (d, d) with the largest eigenvalues, largest first; float64."""
+    return torch.linalg.eigh((matrix + matrix.T).double() / 2)[1].flip(1)[:, :rank]
+
+
+@torch.no_grad()
+def refitted_left(weight: Tensor, right: Tensor, gram: Tensor) -> Tensor:
+    """left (d_out, r) with the least output error of left @ right for a weight and its inputs' Gram matrix; float64.
+
+    left = W G B^T (B G B^T)^+ with B the right factor (r, d_in); the pseudo-inverse, as bases may hold more than inputs reach.
+    """
+    product = gram.double() @ right.detach().double().T
+    inverse = torch.linalg.pinv(right.detach().double() @ product, hermitian=True)
+    return weight.detach().double() @ product @ inverse
 
 
 @torch.no_grad()
@@ -78,10 +95,13 @@ def ridged(gram: Tensor, ridge: float) -> Tensor:
     return gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
-def symmetric_root(gram: Tensor) -> Tensor:
-    """The symmetric square root of a positive semidefinite matrix, float64; singular ones too."""
+def _root(gram: Tensor) -> Tensor:
+    """R with R R^T = G for a positive semidefinite G, float64: the Cholesky factor, or by eigenvalues where there is none."""
+    lower, failed = torch.linalg.cholesky_ex(gram.double())
+    if not int(failed):
+        return lower
     values, vectors = torch.linalg.eigh(gram.double())
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return vectors * values.clamp(min=0).sqrt()
 
 
 def _outer(matrix: Tensor, gram: Tensor | None) -> Tensor:

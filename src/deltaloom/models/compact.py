@@ -42,26 +42,30 @@ class CompactConfig(QuantizationConfigMixin):
     """What config.json records of a model with compact layers: the form of each by its path.
 
     `codec` says what to quantise with while a dense checkpoint is read; `fingerprint` is that of the dense model, where every
-    compact layer is nothing but its quantised layer.
+    compact layer is nothing but its quantised layer. `tied` names factors that several layers share: each but the first, which
+    is saved, with the first.
     """
 
     def __init__(self, codec: str | dict[str, Any] | None = None, layers: Mapping[str, Any] | None = None,
-                 fingerprint: str | None = None, quant_method: str = METHOD) -> None:
+                 fingerprint: str | None = None, quant_method: str = METHOD, tied: Mapping[str, str] | None = None) -> None:
         """Forms are checked when a model is made of them; the rest here.
 
         Raises:
             CheckpointError: another method, or a wrong type. SettingsError: no such codec.
         """
-        if quant_method != METHOD or not isinstance(layers, Mapping | None) or not isinstance(fingerprint, str | None):
+        if quant_method != METHOD or not isinstance(layers, Mapping | None) or not isinstance(fingerprint, str | None) \
+                or not isinstance(tied, Mapping | None) or not all(isinstance(name, str) for name in (tied or {}).values()):
             raise CheckpointError("quantization_config is not one of deltaloom", got=quant_method, legal=METHOD)
         self.quant_method = METHOD  # type: ignore[assignment]
         self.codec = None if codec is None else codec_record(codec_from(codec, "quantization_config.codec"))
         self.layers = dict(layers or {})
         self.fingerprint = fingerprint
+        self.tied = dict(tied or {})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {"quant_method": METHOD, "codec": self.codec, "layers": self.layers, "fingerprint": self.fingerprint}
+        return {"quant_method": METHOD, "codec": self.codec, "layers": self.layers, "fingerprint": self.fingerprint,
+                "tied": self.tied}
 
 
 @register_quantizer(METHOD)
@@ -78,10 +82,15 @@ class CompactQuantizer(HfQuantizer):
         self.chosen: set[str] = set()
         self.samples: dict[str, tuple[tuple[int, ...], bytes]] = {}
         self.problems: list[str] = []
+        # transformers fits a bias to the first axis of `weight` when it ties anything of a layer, which would cut a Conv1D's
+        self.turned: list[CompactLinear] = []
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             apply_forms(model, self.quantization_config.layers, kwargs.get("dtype"))
+            self.turned = [layer for layer in apply_ties(model, self.quantization_config.tied) if layer.transposed]
+            for layer in self.turned:
+                layer.transposed = False
         else:
             self.chosen = set(block_linears(model))
         return model
@@ -98,6 +107,8 @@ class CompactQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.problems:
             raise CheckpointError("weights of this model cannot be quantised", problems=self.problems[:20])
+        for layer in self.turned:
+            layer.transposed = True
         check_tensors(model)
         known = self.quantization_config.fingerprint
         if not self.pre_quantized:
@@ -264,6 +275,57 @@ def apply_forms(model: PreTrainedModel, layers: Mapping[str, Any], dtype: torch.
         swap(model, place, layer)
 
 
+def apply_ties(model: PreTrainedModel, tied: Mapping[str, str]) -> list[CompactLinear]:
+    """Let empty compact layers share the factors that a config.json says they share, also when the values are read;
+    these layers.
+
+    Raises:
+        CheckpointError: a name that is no factor of a compact layer, or two factors of other shapes; nothing has been changed.
+    """
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    layers = compact_layers(model)
+    factors = {f"{path}.{name}": tensor for path, layer in layers.items()
+               for name, tensor in layer.named_parameters(recurse=False) if name != "bias"}
+    found, problems = {}, []
+    for target, source in tied.items():
+        pair = [next((name for name in (given, prefix + given, given.removeprefix(prefix)) if name in factors), None)
+                for given in (target, source)]
+        if pair[0] is None or pair[1] is None or pair[0] == pair[1] or factors[pair[0]].shape != factors[pair[1]].shape \
+                or source in tied:
+            problems.append(f"{target}: cannot be the same as {source}")
+        else:
+            found[pair[0]] = pair[1]
+    if problems:
+        raise CheckpointError("quantization_config.tied does not fit the model", problems=problems[:20])
+    for target, source in found.items():
+        path, _, name = target.rpartition(".")
+        layers[path].register_parameter(name, layers[source.rpartition(".")[0]].get_parameter(source.rpartition(".")[2]))
+    _note_ties(model, found)
+    return [layers[target.rpartition(".")[0]] for target in found]
+
+
+def shared_factors(model: nn.Module) -> dict[str, str]:
+    """Factors of compact layers that are one parameter: the name of each but the first, with the name of the first."""
+    first: dict[int, str] = {}
+    found = {}
+    for path, layer in compact_layers(model).items():
+        for name, tensor in layer.named_parameters(recurse=False):
+            if name != "bias":
+                source = first.setdefault(id(tensor), f"{path}.{name}")
+                if source != f"{path}.{name}":
+                    found[f"{path}.{name}"] = source
+    return found
+
+
+def _note_ties(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
+    """Tell transformers, which reads the one when it loads and the other when it saves."""
+    model.all_tied_weights_keys |= tied
+    layers = compact_layers(model)
+    for target, source in tied.items():
+        path, _, name = target.rpartition(".")
+        layers[path]._tied_weights_keys = {name: source}  # type: ignore[assignment]
+
+
 def check_tensors(model: nn.Module) -> None:
     """Compare the tensors of loaded compact layers with what their forms say: transformers takes other types of integers.
 
@@ -292,7 +354,9 @@ def record_forms(model: PreTrainedModel, known: str | None = None) -> None:
     """
     forms = {path: layer.form() for path, layer in compact_layers(model).items()}
     if forms:
-        model.config.quantization_config = CompactConfig(layers=forms, fingerprint=known)
+        tied = shared_factors(model)
+        _note_ties(model, tied)
+        model.config.quantization_config = CompactConfig(layers=forms, fingerprint=known, tied=tied)
     elif quantisation_of(model) is not None:
         del model.config.quantization_config
 
