@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,3 +77,49 @@ def meta_of(model: Any) -> Any:
 
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config)).to(model.dtype)
+
+
+def counting(rows: int, seed: int, time: int = 12) -> list[Example]:
+    """Rows with something to learn: each counts on from a random start with one of three strides."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for row in range(rows):
+        start, stride = int(torch.randint(0, 50, (), generator=generator)), int(torch.randint(1, 4, (), generator=generator))
+        ids = [3 + (start + stride * place) % (VOCABULARY - 3) for place in range(time)]
+        found.append(Example(row, ids, ids, length=time))
+    return found
+
+
+@functools.cache
+def _learned(seed: int) -> dict[str, Tensor]:
+    model = deep_toy("llama", 4, seed)
+    task = ToyTask("llama")
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(250):
+        optimizer.zero_grad()
+        total, count = task.loss(model, task.collate(counting(32, seed=100 + step)))
+        (total / count).backward()
+        optimizer.step()
+    return {key: value.detach() for key, value in model.state_dict().items()}
+
+
+def learned_toy(seed: int = 0) -> Any:
+    """A Llama of four blocks that learned to count."""
+    model = deep_toy("llama", 4, seed)
+    model.load_state_dict(_learned(seed))
+    return model
+
+
+def held_out_loss(model: Any) -> float:
+    """Per token, on rows that no test trains on."""
+    task = ToyTask("llama")
+    with torch.no_grad():
+        total, count = task.loss(model, task.collate(counting(64, seed=7)))
+    return float(total) / count
+
+
+def counting_work(model: Any, rows: int = 256, **more: Any) -> Work:
+    """Work on the rows of `counting`; the teacher is the toy that learned."""
+    task: Any = ToyTask("llama")
+    examples = counting(rows, seed=5)
+    return Work(model, task, [task.collate(examples[:16])], examples, original=learned_toy, say=lambda text: None, **more)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from deltaloom.errors import RefusedError
 from deltaloom.files import atomic_folder
+from deltaloom.models.compact import apply_forms, quantisation_of
 from deltaloom.models.quiet import quiet_transformers
 
 
@@ -66,7 +67,11 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tens
 def _refuse_extra_biases(model: PreTrainedModel) -> None:
     """Biases that the class does not make from its configuration: it would leave them out when it loads."""
     with torch.device("meta"):
-        plain = set(type(model)(model.config).state_dict())
+        made = type(model)(model.config)
+    recorded = quantisation_of(model)
+    if recorded is not None:
+        apply_forms(made, recorded.layers)
+    plain = set(made.state_dict())
     extra = sorted(set(model.state_dict()) - plain)
     if extra:
         raise RefusedError("transformers' class has no place for tensors that merging made, and would leave them out",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from deltaloom.architectures import BY_NUMBER, DEPTH, FAMILIES, LAYER_LISTS
+from deltaloom.compact.face import compact_layers
 from deltaloom.errors import TargetError, listed
 from deltaloom.sites import all_sites
 
@@ -24,7 +25,8 @@ class Blocks:
     path: str
     blocks: tuple[nn.Module, ...]
     key: str
-    fixed: int  # so many of the first blocks hold what the later ones read (T5's table of positions), so that they stay
+    fixed: int    # so many of the first blocks hold what the later ones read (T5's table of positions), so that they stay
+    fault: str    # why no block can be dropped; empty if they can
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -34,26 +36,37 @@ def stacks_of(model: PreTrainedModel) -> list[Blocks]:
     """The stacks of a model: one, or encoder and decoder.
 
     Raises:
-        TargetError: it has none, the configuration does not count its blocks, or they are of several kinds.
+        TargetError: it has none.
     """
     family = FAMILIES.get(model.config.model_type)
     depths = family.depths if family is not None else {"*": DEPTH}
-    found, problems = [], []
+    found = []
     for path in dict.fromkeys(site.stack for site in all_sites(model) if site.kind == "linear" and site.layer is not None):
         blocks = tuple(model.get_submodule(path).children())
         key = next((key for pattern, key in depths.items() if fnmatchcase(path, pattern)), DEPTH)
+        kinds = [_dense_names(block) for block in blocks]
+        fixed = 1 if len(blocks) > 1 and kinds[0] != kinds[1] else 0
+        fault = ""
         if getattr(model.config, key, None) != len(blocks):  # a question about data: a configuration has what its family has
-            problems.append(f"{path}: the configuration does not say in {key} that it has {len(blocks)} blocks")
-            continue
-        kinds = [_shape(block) for block in blocks]
-        first = 1 if len(blocks) > 1 and kinds[0] != kinds[1] else 0
-        if any(kind != kinds[-1] for kind in kinds[first:]):
-            problems.append(f"{path}: its blocks are of several kinds")
-        found.append(Blocks(path, blocks, key, first))
-    if problems or not found:
-        raise TargetError("this model's blocks cannot be taken apart", got=type(model).__name__, problems=problems,
-                          hint="Name a compressor that changes single layers." if found or problems else None)
+            fault = f"{path}: the configuration does not say in {key} that it has {len(blocks)} blocks"
+        elif any(kind != kinds[-1] for kind in kinds[fixed:]):
+            fault = f"{path}: its blocks are of several kinds"
+        found.append(Blocks(path, blocks, key, fixed, fault))
+    if not found:
+        raise TargetError("this model has no stack of blocks", got=type(model).__name__)
     return found
+
+
+def check_droppable(stacks: Sequence[Blocks]) -> None:
+    """That blocks can be dropped and the configuration can say so.
+
+    Raises:
+        TargetError: they cannot, with the reasons.
+    """
+    problems = [stack.fault for stack in stacks if stack.fault]
+    if problems:
+        raise TargetError("this model's blocks cannot be dropped", problems=problems,
+                          hint="Name a compressor that changes single layers.")
 
 
 def keep_blocks(model: PreTrainedModel, kept: Mapping[str, Sequence[int]]) -> None:
@@ -62,13 +75,15 @@ def keep_blocks(model: PreTrainedModel, kept: Mapping[str, Sequence[int]]) -> No
     Blocks are numbered anew, because a cache finds its keys and values by these numbers.
 
     Raises:
-        TargetError: what a block computes depends on its number.
+        TargetError: what a block computes depends on its number, or the configuration cannot say what is left.
     """
     numbered = [key for key in BY_NUMBER if getattr(model.config, key, False)]
     if numbered:
         raise TargetError("a block of this model computes something else under another number, so that none can be dropped",
                           got=f"{numbered[0]} in the configuration")
-    for stack in stacks_of(model):
+    stacks = stacks_of(model)
+    check_droppable(stacks)
+    for stack in stacks:
         if stack.path not in kept:
             continue
         chosen = list(kept[stack.path])
@@ -97,8 +112,11 @@ def common_middle(stacks: Sequence[Blocks], first: int, last: int) -> list[int]:
     return list(range(first, lengths.pop() - last))
 
 
-def _shape(block: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(tensor.shape)) for name, tensor in block.state_dict().items()]
+def _dense_names(block: nn.Module) -> set[str]:
+    """The names of a block's tensors, apart from those that a compact layer has in the place of its weight."""
+    compact = tuple(f"{path}." for path in compact_layers(block))
+    names = {name for name in block.state_dict() if not (compact and name.startswith(compact))}
+    return names | {f"{path}weight" for path in compact}
 
 
 def _set_depth(config: Any, key: str, before: int, kept: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from deltaloom.compress._blocks import Blocks
 from deltaloom.compress.base import Work
 from deltaloom.data.batches import Batch
 from deltaloom.data.encode import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def watched(work: Work, stacks: Sequence[Blocks], make: Callable[[int], O]) -> d
     with ExitStack() as hooks, evaluating(work.model):
         current: list[Batch] = []
         for stack in stacks:
-            decoder = _is_decoder(work, stack)
+            decoder = is_decoder(work.model, stack)
             for block, observer in zip(stack.blocks, found[stack.path], strict=True):
                 handle = block.register_forward_hook(_hook(observer, current, decoder), with_kwargs=True)
                 hooks.callback(handle.remove)
@@ -79,6 +82,11 @@ def real_places(batch: Batch, decoder: bool) -> Tensor | None:
     return torch.arange(ids.shape[1], device=ids.device) < batch.lengths.to(ids.device)[:, None]
 
 
+def is_decoder(model: PreTrainedModel, stack: Blocks) -> bool:
+    """Whether a stack is the decoder of an encoder-decoder."""
+    return bool(model.config.is_encoder_decoder) and any(module is stack.blocks[0] for module in model.get_decoder().modules())
+
+
 def _hook(observer: Observer, current: list[Batch], decoder: bool) -> Callable[..., None]:
     def hook(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         before = arguments[0] if arguments else named["hidden_states"]
@@ -90,9 +98,3 @@ def _hook(observer: Observer, current: list[Batch], decoder: bool) -> Callable[.
             observer.see(Seen(before[places], after[places]))
 
     return hook
-
-
-def _is_decoder(work: Work, stack: Blocks) -> bool:
-    """Whether a stack is the decoder of an encoder-decoder."""
-    model = work.model
-    return bool(model.config.is_encoder_decoder) and any(module is stack.blocks[0] for module in model.get_decoder().modules())

@@ -8,12 +8,14 @@ runs on a model without values before any work is done: a ratio that cannot be m
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from deltaloom.errors import RefusedError, SettingsError, did_you_mean
 from deltaloom.registry import class_named, names_in
@@ -38,6 +40,7 @@ class Work:
     original: Callable[[], PreTrainedModel] | None = None  # loads the untouched model again: the teacher of distillation
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     say: Callable[[str], None] = print
+    promised: list[dict[str, str]] = field(default_factory=list)  # what stays bit for bit in all later steps: Facts.hashes
 
     def teacher(self) -> PreTrainedModel:
         """The untouched model, loaded again.
@@ -72,6 +75,7 @@ class Compressor(Settings, ABC):
     name: ClassVar[str]
     calibrates: ClassVar[bool] = False  # needs calibration rows; the job refuses a list without data before it loads a model
     estimates: ClassVar[bool] = False   # values decide shapes, so that `sketch` can only give an upper bound
+    leads: ClassVar[bool] = False       # has to be the first step, because what it promises is about the original
 
     def needs_rows(self) -> bool:
         """Whether it needs calibration rows with these settings; overridden where only some of them do."""
@@ -125,6 +129,26 @@ def compressor_from(record: dict[str, Any], where: str = "compress") -> Compress
 def compressor_record(step: Compressor) -> dict[str, Any]:
     """What `compressor_from` reads: the name and every setting."""
     return {"method": step.name, **step.as_dict()}
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """The sha256, in hex, of a tensor's type, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_kept(model: torch.nn.Module, hashes: Sequence[Mapping[str, str]], key: str = "tensor") -> None:
+    """That tensors are bit for bit what `Facts.hashes` says; `key` "original" names them as the original model does.
+
+    Raises:
+        RefusedError: those that are missing or differ.
+    """
+    state = model.state_dict()
+    wrong = [record[key] for record in hashes if record[key] not in state or tensor_hash(state[record[key]]) != record["sha256"]]
+    if wrong:
+        raise RefusedError(f"{len(wrong)} of {len(hashes)} tensors are not bit for bit what they have to be", problems=wrong[:20],
+                           hint="A step changed what an earlier one promised to keep, or this is another model.")
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

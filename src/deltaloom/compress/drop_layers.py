@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from deltaloom.compress._blocks import Blocks, keep_blocks, stacks_of
+from deltaloom.compress._blocks import Blocks, check_droppable, keep_blocks, stacks_of
 from deltaloom.compress._hidden import Observer, Seen, watched
 from deltaloom.compress.base import Compressor, Facts, Work
 from deltaloom.errors import RefusedError, TargetError
@@ -73,6 +73,7 @@ class DropLayers(Compressor):
     def apply(self, work: Work) -> Facts:
         """Choose and drop."""
         stacks = stacks_of(work.model)
+        check_droppable(stacks)
         ways: dict[str, Callable[[Work, Sequence[Blocks]], tuple[Choice, Facts]]] = {
             "uniform": self._uniform, "block-influence": self._by_influence, "cluster": self._by_clusters}
         chosen, facts = ways[self.choose](work, stacks)
@@ -95,6 +96,9 @@ class DropLayers(Compressor):
     def _count(self, stack: Blocks) -> int:
         """How many of them stay."""
         free = len(self._free(stack))
+        if not free:
+            raise RefusedError(f"{self.name} may drop no block of {stack.path}", got=f"{len(stack)} blocks, all of them kept",
+                               hint="Keep fewer first and last blocks.")
         count = self.keep if self.keep is not None else round((self.ratio or 0.0) * free)
         if count >= free or count + len(stack) - free < 1:
             raise RefusedError(f"{self.name} cannot keep that many of the blocks of {stack.path}" if count >= free else

@@ -87,8 +87,8 @@ class LoRA(RankedMethod):
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding")
     peft_types: ClassVar[tuple[str, ...]] = (PEFT_TYPE,)
     asked_as: ClassVar[Mapping[str, str]] = {
-        "qlora": "That is a combination: quantise the base and use lora. Quantised bases come in a later version; lora works "
-                 "on the base as it is.",
+        "qlora": "That is a combination: quantise the base and use lora: write base: {quantise: nf4} and deltas: "
+                 "[{method: lora}] in the run file.",
         "rslora": "Write: {method: lora, rslora: true}.",
         "pissa": "Write: {method: lora, init: pissa}."}
 

@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from deltaloom.checkpoint.merged import write_model
-from deltaloom.compress.base import Compressor, Work, compressor_record, weight_bytes
+from deltaloom.compact.face import parameter_count
+from deltaloom.compress.base import Compressor, Work, check_kept, compressor_record, weight_bytes
 from deltaloom.data.batches import Batch, micro_batches
 from deltaloom.data.encode import Example
 from deltaloom.data.labels import LabelMap
@@ -31,6 +32,8 @@ from deltaloom.jobs.prepare import chosen_precision
 from deltaloom.jobs.probe import probe, side_by_side
 from deltaloom.jobs.scoring import score
 from deltaloom.models import LoadedModel, load_model, meta_model, own_task
+from deltaloom.models.compact import record_forms
+from deltaloom.models.identity import tokenizer_hash
 from deltaloom.models.load import NEW_HEAD
 from deltaloom.report.card import base_model
 from deltaloom.report.compression import compression_card, compression_page, compression_text, plan_text
@@ -91,7 +94,9 @@ def compress(run: CompressRun, *, plan: bool = False, say: Say = print) -> dict[
     opened.notes += _surprises(prepared, steps, before_sizes)
     found = {
         "format": FORMAT, "model": _name(opened.loaded.source), "commit": opened.loaded.commit,
-        "fingerprint": opened.loaded.fingerprint, "task": opened.task.name, "seed": run.file.seed,
+        "fingerprint": opened.loaded.fingerprint,
+        "tokenizer_sha256": tokenizer_hash(opened.loaded.tokenizer) if opened.loaded.tokenizer is not None else None,
+        "task": opened.task.name, "seed": run.file.seed,
         "precision": str(model.dtype).removeprefix("torch."), "steps": steps,
         "bytes_before": before_sizes["bytes"], "bytes_after": steps[-1]["bytes"],
         "parameters_before": before_sizes["parameters"], "parameters_after": steps[-1]["parameters"],
@@ -120,6 +125,10 @@ def prepare(run: CompressRun, say: Say) -> Prepared:
     if hungry and run.data.train is None:
         raise SettingsError(f"{listed(hungry)} needs rows to look at, and none are given",
                             hint="Name a file of them with --data FILE, or data: {train: FILE} in a run file.")
+    late = [step.name for index, step in enumerate(run.steps) if step.leads and index]
+    if late:
+        raise SettingsError(f"{late[0]} has to be the first step: what it promises is about the original model",
+                            got=[step.name for step in run.steps])
     near = run.base / file.model
     source = str(near) if near.exists() else file.model
     own = own_task(source)
@@ -143,8 +152,8 @@ def prepare(run: CompressRun, say: Say) -> Prepared:
 
 
 def sizes(model: torch.nn.Module) -> dict[str, int]:
-    """Parameters and bytes of a model."""
-    return {"parameters": sum(parameter.numel() for parameter in model.parameters()), "bytes": weight_bytes(model)}
+    """Parameters (a quantised weight counts as the numbers it stands for) and bytes of a model."""
+    return {"parameters": parameter_count(model), "bytes": weight_bytes(model)}
 
 
 def _output(run: CompressRun) -> Path:
@@ -174,7 +183,7 @@ def _sketch(prepared: Prepared) -> None:
         raise RefusedError("this model is quantised or compressed already", got=_name(prepared.source),
                            hint="Compress the original, with all the steps in one list of a run file.")
     if prepared.dtype is not None:
-        model = model.to(prepared.dtype)
+        torch.nn.Module.to(model, prepared.dtype)  # transformers' own has no types
     prepared.sizes.append(sizes(_kept(model, prepared)))
     for step in prepared.run.steps:
         step.sketch(model)
@@ -256,6 +265,8 @@ def _run_steps(steps: Sequence[Compressor], work: Work, prepared: Prepared) -> l
         began = time.perf_counter()
         facts = step.apply(work)
         work.model.eval()
+        work.promised += facts.hashes
+        check_kept(work.model, work.promised)
         done.append({"step": compressor_record(step), "seconds": time.perf_counter() - began,
                      **sizes(_kept(work.model, prepared)), "facts": facts.as_dict()})
     return done
@@ -282,6 +293,8 @@ def _write(prepared: Prepared, opened: Opened, model: PreTrainedModel, output: P
     """The folder, under its name only when all of it is there and its model says what the one in memory says."""
     kept = _kept(model, prepared)
     inputs = probe(opened.loaded)
+    if isinstance(kept, PreTrainedModel):
+        record_forms(kept)
     with atomic_folder(output) as temporary:
         again = write_model(kept, opened.loaded.tokenizer or opened.loaded.processor, temporary)
         _check_same_output(kept, again, inputs)

@@ -55,5 +55,6 @@ def _run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
     pad = model.config.pad_token_id or 0
     settings = GenerationConfig(max_new_tokens=WRITTEN, min_new_tokens=WRITTEN, do_sample=False, pad_token_id=pad,
                                 eos_token_id=None, decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None))
-    model.generate(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), generation_config=settings)
+    model.generate(  # type: ignore[operator]
+        **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), generation_config=settings)
     return WRITTEN

@@ -218,7 +218,20 @@ def make_dense(model: PreTrainedModel) -> None:
     """Put dense layers of the dequantised weights in the places of all compact ones; the configuration forgets their forms."""
     for path, layer in compact_layers(model).items():
         put(model, path, dense_layer(layer))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, CompactQuantizer):
+        quantizer.remove_quantization_config(model)
     record_forms(model)
+
+
+def settle_forms(model: nn.Module, *, keep: bool) -> None:
+    """Before a merged model is saved: record the forms of its layers as they are now (`keep`), or make all of them dense."""
+    if not isinstance(model, PreTrainedModel) or quantisation_of(model) is None:
+        return
+    if keep:
+        record_forms(model)
+    else:
+        make_dense(model)
 
 
 def refuse_quantised(model: nn.Module) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deltaloom.compact.face import compact_layers
 from deltaloom.errors import RefusedError
@@ -50,6 +52,15 @@ def fingerprint(model: nn.Module, samples: Mapping[str, Sample] | None = None) -
         digest.update(f"{name} {shape}\n".encode())
         digest.update(values)
     return digest.hexdigest()
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The sha256, in hex, of what decides a text's tokens: vocabulary, rules, special tokens; not how rows are padded or cut."""
+    facts: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items()), "special": sorted(tokenizer.all_special_tokens)}
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        facts["rules"] = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def sample_of(tensor: Tensor) -> bytes:

@@ -19,7 +19,7 @@ from deltaloom.compact.face import affine_weight, dense_layer, is_affine, own_te
 from deltaloom.deltas.base import Delta, InputDelta, PrefixDelta
 from deltaloom.errors import RefusedError
 from deltaloom.sites import Site, input_layer, output_layer
-from deltaloom.tuned.adapted import Adapted, wrappers
+from deltaloom.tuned.adapted import Adapted, replace_module, wrappers
 from deltaloom.tuned.replaced import adds, with_increments
 
 if TYPE_CHECKING:
@@ -122,6 +122,26 @@ def unmerge(tuned: Tuned) -> None:
     for wrapper in wrappers(tuned.model):
         wrapper.merged = None
     tuned.merged = tuned.kept = None
+
+
+def bake(tuned: Tuned) -> MergeFacts:
+    """Fold the one delta into the weights for good and take the wrappers off: `tuned.model` is without deltas from now on.
+
+    Compact layers stay in their own form. The tuned model is used up by this.
+
+    Raises:
+        RefusedError: a delta cannot be folded, or there are several; nothing has been changed.
+    """
+    if len(tuned.lanes) != 1:
+        raise RefusedError("only a single delta can be folded in for good", got=", ".join(tuned.lanes))
+    facts = merge(tuned, requantise=True)
+    for wrapper in wrappers(tuned.model):
+        replace_module(tuned.model, wrapper.path, wrapper.base)
+    for name, parameter in tuned.model.named_parameters():
+        parameter.requires_grad_(tuned.required_grad(name))
+    tuned.lanes.clear()
+    tuned.kept = tuned.merged = None
+    return facts
 
 
 @torch.no_grad()

@@ -181,8 +181,12 @@ class Tuned(nn.Module):
         for name in list(self.lanes):
             self.remove(name)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._required_grad.get(name, False))
+            parameter.requires_grad_(self.required_grad(name))
         return self.model
+
+    def required_grad(self, name: str) -> bool:
+        """Whether a parameter of the model was trainable before it was frozen; new ones were not."""
+        return self._required_grad.get(name, False)
 
     # ---- looking --------------------------------------------------------------------------------------------------
 
