@@ -65,5 +65,5 @@ def _on_meta(where: Source, task: str, labels: Sequence[str] | None, offline: bo
             model: PreTrainedModel = AUTO_CLASSES[task].from_config(config, trust_remote_code=False)
             record = config.quantization_config if is_quantised(config) else {}
             if isinstance(record, dict) and record.get("quant_method") == METHOD:
-                apply_forms(model, CompactConfig(**record).layers)
+                apply_forms(model, CompactConfig.from_dict(record).layers)
             return model
