@@ -81,7 +81,7 @@ def _on_meta(where: Source, task: str, labels: Sequence[str] | None, offline: bo
             model: PreTrainedModel = AUTO_CLASSES[task].from_config(config, trust_remote_code=False)
             record = config.quantization_config if is_quantised(config) else {}
             if isinstance(record, dict) and record.get("quant_method") == METHOD:
-                recorded = CompactConfig(**record)
+                recorded = CompactConfig.from_dict(record)
                 apply_forms(model, recorded.layers)
                 apply_ties(model, recorded.tied)
             return model
