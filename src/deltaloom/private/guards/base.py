@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deltaloom.private.guards._noise import Noise
 
 PACKAGE = "deltaloom.private.guards"
+CERTAIN = 1e6  # per unit of distance: outweighs any prior
 CROSSINGS: tuple[Crossing, ...] = ("hidden", "gradient")
 
 
@@ -56,6 +57,10 @@ class RowGuard(Guard):
     def cost(self, radius: float | None) -> Cost:
         """What one release of one row costs, if no row entering this guard has a norm above `radius` (None: unknown)."""
         return Cost()
+
+    def surprise(self, distance: Tensor) -> Tensor | None:
+        """Negative log density, up to a constant, of noise of these norms; None if this guard draws none."""
+        return None
 
     def radius(self, before: float | None) -> float | None:
         """The largest norm of a row that leaves, given that of rows that enter; None: unbounded."""
@@ -109,6 +114,11 @@ class Chain:
         for layer, guard in enumerate(self._of(context.crossing)):
             tensor = guard.protect(tensor, Noise(self._key, place, layer, tensor))
         return tensor
+
+    def surprise(self, distance: Tensor) -> Tensor:
+        """How unlikely noise of these norms is at the cut; without noise any distance is next to impossible."""
+        noisy = (guard.surprise(distance) for guard in self._of("hidden"))
+        return next((found for found in noisy if found is not None), distance * CERTAIN)
 
     def centre(self, x: Tensor, crossing: Crossing = "hidden") -> Tensor:
         """What is sent on average."""

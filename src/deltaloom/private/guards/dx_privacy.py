@@ -50,6 +50,10 @@ class DxPrivacy(RowGuard):
         """The rows themselves."""
         return x
 
+    def surprise(self, distance: Tensor) -> Tensor:
+        """The distance itself."""
+        return distance * self.eta
+
     def cost(self, radius: float | None) -> Cost:
         """`eta`, and a bounded distance if the rows were clipped before."""
         return Cost(eta=self.eta, diameter=None if radius is None else 2 * radius)

@@ -66,6 +66,10 @@ class Gaussian(RowGuard):
         """The clipped rows."""
         return clipped(x, self.norm).to(x.dtype)
 
+    def surprise(self, distance: Tensor) -> Tensor:
+        """Squares."""
+        return distance**2 / (2 * self.deviation**2)
+
     def cost(self, radius: float | None) -> Cost:
         """Two rows differ by twice the norm, or by twice what entered if that was shorter."""
         return Cost(mu=2 * min(self.norm, radius or self.norm) / self.deviation)
