@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from deltaloom.errors import RefusedError
+from deltaloom.errors import DeltaloomError, RefusedError
 from deltaloom.generate import Prompt, check_numbers, choose, decoding, encoded, end_tokens, pieces_of, text_of
 from deltaloom.private.cut import Half
 from deltaloom.private.messages import (
@@ -155,7 +156,8 @@ class _Row:
 
     def close(self) -> None:
         """Give the owner's cache back; an owner that cannot be reached will forget it by itself."""
-        self.writer.channel.submit(CloseRequest(self.session))
+        with suppress(DeltaloomError):
+            self.writer.channel.submit(CloseRequest(self.session))
 
     def send(self) -> None:
         """Run the front on what is new, and send it; does not wait."""
