@@ -165,7 +165,8 @@ def main() -> None:
         for line in leak.table:
             lines.append({**line.__dict__, "accuracy": accuracy, "mu": cost.mu, "eta": cost.eta})
             print(f"{name:20s} {line.attack:20s} {line.knows:15s} top1 {line.top1:.3f} top5 {line.top5:.3f} "
-                  f"texts {line.texts:.2f} canaries {line.canaries:.2f} majority {line.majority:.3f} accuracy {accuracy} mu {cost.mu:.1f} "
+                  f"texts {line.texts:.2f} canaries {line.canaries:.2f} "
+                  f"majority {line.majority:.3f} accuracy {accuracy} mu {cost.mu:.1f} "
                   f"[{time.time() - began:.0f} s]", flush=True)
     if options.output:
         facts = {"model": options.model, "cut": options.cut, "tokens": options.rows * options.time, "public": len(public),
