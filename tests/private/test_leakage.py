@@ -28,6 +28,8 @@ from deltaloom.private.leakage import (
     plant,
     verdict,
 )
+from deltaloom.private.wire.codecs.bf16 import Bf16
+from deltaloom.private.wire.codecs.int8 import Int8
 from deltaloom.registry import names_in
 from tests.toys import VOCABULARY, toy
 
@@ -111,6 +113,15 @@ def test_at_the_embeddings_even_the_simplest_attack_is_exact():
     known, victim = attacker("llama", layers=0), victim_of("llama", layers=0)
     found = by_attack(measure([Case("none")], {"w": known}, victim, [NearestEmbedding()]))
     assert found["nearest-embedding"].top1 == 1.0
+
+
+@pytest.mark.parametrize("codec", (Int8(), Bf16()), ids=lambda codec: codec.name)
+def test_codes_hide_nothing(codec):
+    victim = victim_of("llama")
+    sent_rows = [codec.decode(memoryview(bytearray(codec.encode(row.contiguous()))), tuple(row.shape)) for row in victim.hidden]
+    coded = Victim(victim.rows, tuple(sent_rows), victim.canaries)
+    line = measure([Case("none")], {"w": attacker("llama")}, coded, [SequentialMatching()]).table[0]
+    assert line.top1 > 0.98
 
 
 @pytest.mark.parametrize("layout", ("llama", "bert"))

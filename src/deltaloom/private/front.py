@@ -42,7 +42,7 @@ class FrontModel(PlaceLosses):
     def __init__(self, tuned: Tuned, front: Half, remote: RemoteBack, labels: Labels = "owner") -> None:
         super().__init__()
         if tuned.prompts:
-            raise RefusedError("a soft prompt in front of the embeddings is not sent over a cut", got="rows in front of the input",
+            raise RefusedError("a soft prompt in front of the embeddings is not sent over a cut",
                                hint="Use a prefix: keys and values of the front's own blocks.")
         if labels == "owner" and front.has_head:
             raise RefusedError("the head is at the party, so that the owner can compute no loss", got="labels: owner",
