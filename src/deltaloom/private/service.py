@@ -86,7 +86,6 @@ class Service:
         self._server.stop(grace).wait()
         self._workers.shutdown(wait=False, cancel_futures=True)
         self.audit.write("owner", "stopped", durable=True)
-        self.audit.close()
         self.write_status()
         log("stopped")
 

@@ -101,7 +101,7 @@ class Stream:
             if data is not None:
                 yield from chunks(data)
                 self._slots.release()
-            elif self._over():
+            if self._over():
                 return
 
     def end(self, refusal: Refusal) -> None:
