@@ -22,7 +22,8 @@ from tests.private.owned import OwnerProcess, channel, hello, joined, owner_fold
 from tests.private.toy_owner import ToyBack
 from tests.private.wired import BOUNDS, assemble, assert_same, frame_of
 
-LEAVES = st.none() | st.booleans() | st.integers(-2 ** 63, 2 ** 64 - 1) | st.floats() | st.text(max_size=20) | st.binary(max_size=20)
+LEAVES = (st.none() | st.booleans() | st.integers(-2 ** 63, 2 ** 64 - 1) | st.floats() | st.text(max_size=20)
+          | st.binary(max_size=20))
 PLAIN = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
                      max_leaves=12)
 
@@ -104,7 +105,7 @@ def attack(folder, count: int) -> None:
         from deltaloom.private.authority import Authority
 
         authority = Authority(folder / "o")
-        good, bad = (joined(authority, folder, name, owner.address) for name in ("good", "bad"))
+        good, bad = (joined(authority, folder, name, owner.address) for name in ("good", "a"))   # the frames speak for "a"
         done, mutator, fates = threading.Event(), Mutator(2), Counter()
         served: list = []
 
@@ -121,7 +122,7 @@ def attack(folder, count: int) -> None:
         wire = secure_channel(owner.address, bad.authority, bad.credential())
         before = None
         for number in range(count):
-            fates[hostile_stream(wire, [mutator.frame()], "bad")] += 1
+            fates[hostile_stream(wire, [mutator.frame()], "a")] += 1
             if number == min(count // 4, 500):
                 before = resident(owner)
         after = resident(owner)
