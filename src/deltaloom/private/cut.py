@@ -144,11 +144,15 @@ def split(model: PreTrainedModel, task: str, cut: int, *, head: Holder = "owner"
     return made["front"], made["back"]
 
 
-def build(config: PreTrainedConfig, cls: type[PreTrainedModel], task: str, cut: int, part: Part, head: Holder, tied: bool,
-          print_of: str, tensors: Mapping[str, Tensor]) -> Half:
-    """A half from saved parts: the whole model's configuration and this half's tensors."""
+def empty(config: PreTrainedConfig, cls: type[PreTrainedModel], part: Part, task: str, cut: int, head: Holder, tied: bool,
+          print_of: str) -> Half:
+    """A half without values, from the whole model's configuration; `fill` gives it its tensors.
+
+    Raises:
+        SettingsError: the cut lies outside of the model.
+    """
+    _check_place(config, cut)
     half = Half(part, _built(cls, config, cut, part, head), config, task, cut, head, tied, print_of)
-    fill(half, tensors)
     attention.install(half.model)
     return half
 
@@ -199,10 +203,14 @@ def _check(model: PreTrainedModel, task: str, cut: int) -> None:
     if task not in TASKS:
         raise SettingsError("a model can be cut in two for these tasks only", got=task, legal=TASKS)
     halves_of(model.config)
-    blocks = int(model.config.num_hidden_layers)
+    _check_place(model.config, cut)
+    attention.check_supported(model)
+
+
+def _check_place(config: PreTrainedConfig, cut: int) -> None:
+    blocks = int(config.num_hidden_layers)
     if not 1 <= cut < blocks:
         raise SettingsError("the cut must leave at least one block on each side", got=cut, legal=f"1 to {blocks - 1}")
-    attention.check_supported(model)
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
