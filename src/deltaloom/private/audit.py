@@ -16,9 +16,11 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 from deltaloom.errors import CheckpointError, UsageError
 from deltaloom.files import disk_errors
@@ -48,12 +50,10 @@ class Audit:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._fresh: list[dict[str, Value]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
         self.head = Head()
-        with self._lock, self._alone():
-            self._catch_up()
+        with self._lock, _alone(path) as file:
+            self._catch_up(file)
 
     def write(self, who: str, what: str, *, durable: bool = False, **facts: Value) -> Head:
         """Append a line; `facts` are numbers and short words. The new head.
@@ -66,9 +66,9 @@ class Audit:
         if long:
             raise UsageError("the audit log takes facts, not content", got=f"{long[0]} of {len(str(record[long[0]]))} characters",
                              legal=f"up to {MOST_TEXT}")
-        with self._lock, self._alone():
-            self._catch_up()
-            self._append(record, durable=durable)
+        with self._lock, _alone(self.path) as file:
+            self._catch_up(file)
+            self._append(file, record, durable=durable)
             return self.head
 
     def records(self) -> Iterator[dict[str, Value]]:
@@ -76,31 +76,24 @@ class Audit:
         for record, _ in _walk(self.path, Head(), self.head.bytes):
             yield record
 
-    def close(self) -> None:
-        """Force everything to the disk and close the file."""
-        with self._lock:
-            if not self._file.closed:
-                os.fsync(self._file.fileno())
-                self._file.close()
-
-    def _append(self, record: dict[str, Value], *, durable: bool) -> None:
+    def _append(self, file: RawIOBase, record: dict[str, Value], *, durable: bool) -> None:
         head = self.head
         number, digest = head.lines + 1, _digest(head.hash, head.lines + 1, record)
         line = json.dumps({"n": number, **record, "hash": digest}, separators=(",", ":")).encode() + b"\n"
         with disk_errors(self.path):
             try:
-                if self._file.write(line) != len(line):
+                file.seek(head.bytes)
+                if file.write(line) != len(line):
                     raise OSError(28, "no space left")
                 if durable:
-                    os.fsync(self._file.fileno())
+                    os.fsync(file.fileno())
             except OSError:
-                self._file.truncate(head.bytes)
-                self._file.seek(head.bytes)
+                file.truncate(head.bytes)
                 raise
         self.head = Head(number, digest, head.bytes + len(line))
 
-    def _catch_up(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
+    def _catch_up(self, file: RawIOBase) -> None:
+        size = os.fstat(file.fileno()).st_size
         if size == self.head.bytes:
             return
         if size < self.head.bytes:
@@ -108,27 +101,19 @@ class Audit:
                                   legal=f"at least {self.head.bytes}", hint="Somebody removed lines; keep the rest as evidence.")
         for _, head in _walk(self.path, self.head, size):
             self.head = head
-        self._file.seek(self.head.bytes)
         torn = size - self.head.bytes
         if torn:
-            self._file.truncate(self.head.bytes)
-            self._append({"time": round(time.time(), 3), "who": "owner", "what": "torn-line-cut", "bytes": torn}, durable=True)
-
-    def _alone(self) -> _Flock:
-        return _Flock(self._file)
+            file.truncate(self.head.bytes)
+            note: dict[str, Value] = {"time": round(time.time(), 3), "who": "owner", "what": "torn-line-cut", "bytes": torn}
+            self._append(file, note, durable=True)
 
 
-class _Flock:
-    """An exclusive lock between processes, for the time of a block."""
-
-    def __init__(self, file: BinaryIO | object) -> None:
-        self._file = file
-
-    def __enter__(self) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_EX)  # type: ignore[arg-type]
-
-    def __exit__(self, *error: object) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_UN)  # type: ignore[arg-type]
+@contextmanager
+def _alone(path: Path) -> Iterator[RawIOBase]:
+    """The file, open for as long as this process alone may use it."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)   # given back when the file is closed
+        yield file
 
 
 def verify(path: Path) -> Head:

@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from deltaloom.errors import DeltaloomError, RefusedError, UsageError
+from deltaloom.errors import DeltaloomError, RefusedError, ResourceError, UsageError
 from deltaloom.private.audit import Audit
 from deltaloom.private.journal import log
 from deltaloom.private.messages import Answering, BusyError, ForgottenError
@@ -31,7 +31,7 @@ SESSIONS = frozenset({"open", "extend", "close"})
 STEPS = frozenset({"loss", "outputs", "gradient", "gradient-again"})   # kinds whose steps only grow on a stream
 MOST_MESSAGE = 2000
 REASONS_OF: dict[type[DeltaloomError], str] = {ForgottenError: "forgotten", BusyError: "busy", RefusedError: "refused",
-                                               UsageError: "refused"}
+                                               UsageError: "refused", ResourceError: "resources"}
 
 
 @dataclass
@@ -171,6 +171,6 @@ def refusal_of(error: BaseException) -> Refusal:
 
 def as_error(refusal: Refusal) -> DeltaloomError:
     """What a party raises for a refusal."""
-    kinds: dict[str, Any] = {reason: kind for kind, reason in REASONS_OF.items() if kind is not UsageError}
+    kinds: dict[str, Any] = {"forgotten": ForgottenError, "busy": BusyError, "refused": RefusedError}
     kind = kinds.get(refusal.reason)
     return kind(refusal.message) if kind else Refused(refusal.reason, refusal.message)

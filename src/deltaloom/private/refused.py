@@ -31,11 +31,11 @@ REASONS = {
     "stopping": "the owner is shutting down; try again",
     "forgotten": "the owner no longer has what the request names; send it whole",
     "refused": "what was asked for cannot be done",
-    "disk": "the owner's disk is full; try again",
+    "resources": "the owner lacks disk space or memory; try again",
     "deadline": "the owner took longer than it may",
     "failed": "the owner could not compute it",
 }
-AGAIN = frozenset({"busy", "stopping", "superseded", "disk", "truncated", "checksum"})  # the same request may succeed later
+AGAIN = frozenset({"busy", "stopping", "superseded", "resources", "truncated", "checksum"})  # the same request may succeed later
 
 
 class Refused(DeltaloomError):

@@ -85,8 +85,10 @@ class Service:
         # gRPC waits for the streams, which end once their requests are answered, and cancels what is left after the grace.
         self._server.stop(grace).wait()
         self._workers.shutdown(wait=False, cancel_futures=True)
-        self.audit.write("owner", "stopped", durable=True)
-        self.audit.close()
+        try:
+            self.audit.write("owner", "stopped", durable=True)
+        except ResourceError as error:
+            log("stop not noted", level=logging.WARNING, error=str(error))
         self.write_status()
         log("stopped")
 

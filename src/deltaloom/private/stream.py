@@ -101,7 +101,7 @@ class Stream:
             if data is not None:
                 yield from chunks(data)
                 self._slots.release()
-            elif self._over():
+            if self._over():
                 return
 
     def end(self, refusal: Refusal) -> None:
@@ -159,8 +159,8 @@ class Stream:
         try:
             data = self.desk.answer(visit, frame)
         except ResourceError as error:
-            log("disk", party=self.party, error=str(error)[:200])
-            self.end(Refusal("disk", str(error)[:500]))
+            log("resources", party=self.party, error=str(error)[:200])
+            self.end(Refusal("resources", str(error)[:500]))
         except Exception as error:  # of the desk itself: this stream ends, the others go on
             log("desk failed", party=self.party, error=repr(error)[:200])
             self.end(refusal_of(error))
