@@ -13,22 +13,9 @@ from deltaloom.private.guards.base import Answer
 from deltaloom.private.guards.masks import Masks
 from deltaloom.private.means.median import Median
 from deltaloom.private.means.weighted import Weighted
-from deltaloom.private.rounds import Coordinator, RoundSettings, Ticket
-
-NAMES = ("ada", "bob", "cyd")
-
-
-def common() -> dict[str, torch.Tensor]:
-    return {"k": torch.zeros(2, 3), "v": torch.ones(4, dtype=torch.bfloat16)}
-
-
-def values(party: str, round_: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1000 * round_ + ord(party[0]))
-    return {name: torch.randn(tensor.shape, generator=generator).to(tensor.dtype) for name, tensor in common().items()}
-
-
-def count(party: str, round_: int) -> int:
-    return 10 * round_ + ord(party[0]) - 96
+from deltaloom.private.round_messages import Phase
+from deltaloom.private.rounds import Coordinator, RoundSettings
+from tests.private.rounds_oracle import NAMES, common, count, oracle, values
 
 
 def machine(masks: bool = False, **changes: object) -> Coordinator:
@@ -46,13 +33,7 @@ def started(**changes: object) -> Coordinator:
 def send(coordinator: Coordinator, party: str, now: float = 1.0, round_: int | None = None):
     round_ = round_ or coordinator.round
     answer = Answer(values(party, round_), count(party, round_))
-    return coordinator.submit(party, Ticket(round_, 1, "collect", round_ - 1), answer, now)
-
-
-def oracle(parties: tuple[str, ...], round_: int) -> dict[str, torch.Tensor]:
-    total = sum(count(party, round_) for party in parties)
-    return {name: (sum(values(party, round_)[name].double() * count(party, round_) for party in parties) / total).to(tensor.dtype)
-            for name, tensor in common().items()}
+    return coordinator.submit(party, Phase(round_, 1, "collect", round_ - 1), answer, now)
 
 
 def assert_common(coordinator: Coordinator, expected: dict[str, torch.Tensor]) -> None:
@@ -131,7 +112,7 @@ def test_repeats_change_nothing_and_are_known_for_ever():
     again = send(coordinator, "ada")
     assert (first.status, again.status) == ("accepted", "repeat")
     with pytest.raises(RefusedError, match="other values"):
-        coordinator.submit("ada", Ticket(1, 1, "collect", 0), Answer(values("ada", 1), 99), 1)
+        coordinator.submit("ada", Phase(1, 1, "collect", 0), Answer(values("ada", 1), 99), 1)
     send(coordinator, "bob")
     send(coordinator, "cyd")
     assert send(coordinator, "ada", round_=1).status == "repeat"  # its reply was lost, and the round is over
@@ -141,19 +122,19 @@ def test_repeats_change_nothing_and_are_known_for_ever():
 def test_answers_that_belong_nowhere_are_refused():
     coordinator = started()
     good = Answer(values("ada", 1), 5)
-    for ticket in (Ticket(2, 1, "collect", 1), Ticket(1, 2, "collect", 0), Ticket(1, 1, "other", 0), Ticket(1, 1, "collect", 5),
-                   Ticket(-1, 1, "collect", 0)):
+    for ticket in (Phase(2, 1, "collect", 1), Phase(1, 2, "collect", 0), Phase(1, 1, "other", 0), Phase(1, 1, "collect", 5),
+                   Phase(-1, 1, "collect", 0)):
         with pytest.raises(RefusedError):
             coordinator.submit("ada", ticket, good, 1)
     with pytest.raises(RefusedError, match="no part"):
-        coordinator.submit("eve", Ticket(1, 1, "collect", 0), good, 1)
+        coordinator.submit("eve", Phase(1, 1, "collect", 0), good, 1)
     tensors = values("ada", 1)
     bad = [({}, 5), (tensors | {"x": tensors["k"]}, 5), ({"k": tensors["k"]}, 5), (tensors | {"k": tensors["k"].T}, 5),
            (tensors | {"k": tensors["k"].int()}, 5), (tensors | {"k": tensors["k"] * float("nan")}, 5),
            (tensors | {"v": tensors["v"] / 0}, 5), (tensors, 0), (tensors, -3), (tensors, 2**50)]
     for each, samples in bad:
         with pytest.raises(DataError):
-            coordinator.submit("ada", Ticket(1, 1, "collect", 0), Answer(each, samples), 1)
+            coordinator.submit("ada", Phase(1, 1, "collect", 0), Answer(each, samples), 1)
     assert send(coordinator, "ada").status == "accepted"  # none of them left a trace
 
 

@@ -28,6 +28,7 @@ from deltaloom.errors import CheckpointError, DataError, RefusedError, SettingsE
 from deltaloom.files import write_atomic
 from deltaloom.private.guards.base import Answer, Roll, UpdateGuard
 from deltaloom.private.means.base import Mean, Weighed
+from deltaloom.private.round_messages import Phase
 from deltaloom.settings import Settings
 
 PLAIN = ("collect",)
@@ -48,16 +49,6 @@ class RoundSettings(Settings):
     """Seconds that a phase waits for all, by the coordinator's clock."""
     norm_bound: float | None = Field(default=None, gt=0)
     """The largest Euclidean norm of a party's change of the common values; a longer one is shortened to it."""
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """What an answer belongs to: phase and attempt of a round, and the version of the common values that it began from."""
-
-    round: int
-    attempt: int
-    phase: str
-    version: int
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ class Receipt:
 class Told:
     """What a party is told. `told`: for each phase so far what an update guard tells it; `wanted`: its answer is waited for."""
 
-    ticket: Ticket
+    ticket: Phase
     label: str
     wanted: bool
     done: bool
@@ -133,9 +124,9 @@ class Coordinator:
         return f"{self.run}/{self.round}/{self.attempt}"
 
     @property
-    def ticket(self) -> Ticket:
+    def ticket(self) -> Phase:
         """What an answer has to name now."""
-        return Ticket(self.round, self.attempt, self.phases[self.phase], self.version)
+        return Phase(self.round, self.attempt, self.phases[self.phase], self.version)
 
     def seconds_left(self) -> float | None:
         """Until the deadline of the open phase, as of the last call; None if none is open."""
@@ -166,7 +157,7 @@ class Coordinator:
         self._tick(now)
         return self._advance()
 
-    def submit(self, party: str, ticket: Ticket, answer: Answer, now: float) -> Receipt:
+    def submit(self, party: str, ticket: Phase, answer: Answer, now: float) -> Receipt:
         """An answer of a party.
 
         Raises:
@@ -288,7 +279,7 @@ class Coordinator:
         began = self.guard.needed(len(self._answers[self.phases[0]]))
         return began if self.phase + 1 == len(self.phases) else max(self.settings.quorum, began)
 
-    def _past(self, ticket: Ticket) -> bool:
+    def _past(self, ticket: Phase) -> bool:
         if ticket.phase not in self.phases:
             return False
         where = (ticket.round, ticket.attempt, self.phases.index(ticket.phase))
@@ -387,7 +378,7 @@ def _check_settings(settings: RoundSettings, mean: Mean, guard: UpdateGuard | No
                             hint="Take the weighted mean without a norm bound, or no update guard.")
 
 
-def _key(party: str, ticket: Ticket) -> str:
+def _key(party: str, ticket: Phase) -> str:
     return f"{ticket.round}/{ticket.attempt}/{ticket.phase}/{party}"
 
 
