@@ -137,7 +137,7 @@ class _Row:
     top_p: float
     seed: int
     written: list[int] = field(default_factory=list)
-    session: str = field(default_factory=lambda: secrets.token_hex(8))
+    session: str = field(default_factory=lambda: secrets.token_hex(16))
     sent: list[Tensor] = field(default_factory=list)  # hidden states that the owner has been sent, guards included
     reply: Future[Reply] | None = None
 
@@ -188,7 +188,7 @@ class _Row:
         return output.last_hidden_state[0]
 
     def _guarded(self, hidden: Tensor, offset: int) -> Tensor:
-        context = GuardContext("hidden", "inference", Key(offset, 0), (len(hidden),))
+        context = GuardContext("hidden", "inference", Key(offset, 0), (len(hidden),), self.session)
         with torch.no_grad():
             for guard in self.writer.guards:
                 hidden = guard.outgoing(hidden, context)

@@ -255,13 +255,16 @@ class GuardContext:
     """What a guard may know of the tensor that it protects.
 
     crossing: hidden states (tokens, d_model), a gradient of outputs (n, outputs or d_model), or an update of a round.
-    lengths: tokens of each row for hidden states, else empty.
+    lengths: tokens of each row for hidden states, else empty. scope: names the run, evaluation or session unlike any other.
+    Randomness has to depend on scope, phase, crossing and key together: the same noise on two texts would give away their
+    difference. Only what a run that was resumed sends again, with the same scope and key, is the same text.
     """
 
     crossing: Crossing
     phase: Phase
     key: Key
     lengths: tuple[int, ...] = ()
+    scope: str = ""
 
 
 class Guard(Protocol):

@@ -8,6 +8,7 @@ Two ways to a gradient:
 
 from __future__ import annotations
 
+import secrets
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -56,18 +57,22 @@ class Packing:
 class RemoteBack(nn.Module):
     """The back of a model at the other end of a channel; it has no parameters here.
 
-    `guards` are applied in order to what leaves. `begin(step)` names the optimizer step that the next calls belong to.
+    `guards` are applied in order to what leaves. `begin(step)` names the optimizer step that the next calls belong to. `run`
+    names the training run, for guards that draw: a resumed run that has the same name draws what it drew; without a name, and
+    outside of training, everything is drawn anew.
 
     Raises:
         RefusedError: the front is not of the model, or not cut at the place, that the back is.
     """
 
-    def __init__(self, channel: Channel, front: Half, guards: Sequence[Guard] = ()) -> None:
+    def __init__(self, channel: Channel, front: Half, guards: Sequence[Guard] = (), run: str | None = None) -> None:
         super().__init__()
         check_fit(front, channel)
         self.channel = channel
         self.guards = tuple(guards)
         self.step = 0
+        self._run = run or secrets.token_hex(16)
+        self._passing = secrets.token_hex(16)  # scope of evaluations
         self._micro: Counter[str] = Counter()
 
     def begin(self, step: int) -> None:
@@ -112,7 +117,7 @@ class RemoteBack(nn.Module):
 
     def returned(self, request: OutputsRequest, gradient: Tensor) -> Tensor:
         """The gradient at the cut for a gradient of outputs; where the owner forgot the forward pass, it is sent again."""
-        context = GuardContext("gradient", "training", request.key)
+        context = GuardContext("gradient", "training", request.key, scope=self._run)
         for guard in self.guards:
             gradient = guard.outgoing(gradient, context)
         gradient = _sent(gradient)
@@ -124,7 +129,7 @@ class RemoteBack(nn.Module):
 
     def _guarded(self, hidden: Tensor, packing: Packing, key: Key, phase: Phase | None = None) -> Tensor:
         phase = phase or ("training" if torch.is_grad_enabled() else "evaluation")
-        context = GuardContext("hidden", phase, key, packing.lengths)
+        context = GuardContext("hidden", phase, key, packing.lengths, self._run if phase == "training" else self._passing)
         for guard in self.guards:
             hidden = guard.outgoing(hidden, context)
         return hidden

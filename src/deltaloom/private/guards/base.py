@@ -110,7 +110,7 @@ class Chain:
     def outgoing(self, tensor: Tensor, context: GuardContext) -> Tensor:
         """What is sent instead of rows (..., d). The same rows at the same step and micro-batch give the same bytes again."""
         from deltaloom.private.guards._noise import Noise
-        place = f"{context.crossing}/{context.phase}/{context.key.step}/{context.key.micro}"
+        place = f"{context.scope}/{context.crossing}/{context.phase}/{context.key.step}/{context.key.micro}"
         for layer, guard in enumerate(self._of(context.crossing)):
             tensor = guard.protect(tensor, Noise(self._key, place, layer, tensor))
         return tensor
