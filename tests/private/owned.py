@@ -56,12 +56,19 @@ def service(folder: Path, back=None, policy: Policy | None = None, listen="127.0
     """A service in this process; the folder is made if it is not there."""
     if not (folder / "register.json").exists():
         owner_folder(folder, policy)
-    running = Service(folder, back or ToyBack(), listen=listen, coordinator=ToyRounds(), policy=policy)
+    running = Service(folder, back or ToyBack(), listen=listen, coordinator=lambda _: ToyRounds(), policy=policy)
     running.start()
     try:
         yield running
     finally:
         running.stop(grace=2)
+
+
+def cut_off(running: Service) -> None:
+    """End a service of this process at once, as far as that can be done without killing the process: no reply leaves any more."""
+    running._server.stop(None).wait()
+    running._workers.shutdown(wait=True, cancel_futures=True)
+    running._held.close()
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 import torch
 
@@ -24,9 +26,10 @@ from deltaloom.private.messages import (
 from deltaloom.private.policy import Limits, Policy, Quotas
 from deltaloom.private.refused import Refused
 from deltaloom.private.round_messages import AnswerRequest, StandRequest
+from deltaloom.private.transport import STREAM, secure_channel
 from tests.private.owned import QUICK, channel, hello, joined, service, step_request
 from tests.private.toy_owner import ToyBack
-from tests.private.wired import assert_same, outputs_request, rows
+from tests.private.wired import assemble, assert_same, frame_of, outputs_request, rows
 
 pytestmark = pytest.mark.timeout(60)
 HASTY = Reconnect(first_wait=0.02, longest_wait=0.1, patience=0.5)
@@ -183,7 +186,7 @@ def test_a_quota_holds_and_a_restart_does_not_renew_it(tmp_path, quota, good):
                 wire.submit(step_request(9)).result(10)
 
 
-@pytest.mark.parametrize("change", [{"cut": 3}, {"codec": "int8"}, {"labels": "home"}, {"method": "other"},
+@pytest.mark.parametrize("change", [{"cut": 3}, {"codec": "int8"}, {"labels": "party"}, {"method": "other"},
                                     {"guards": ["strange"]}, {"fingerprint": "0" * 64}])
 def test_what_the_policy_does_not_allow_gets_no_stream(tmp_path, change):
     policy = Policy(codecs=["fp32"], labels=["owner"], methods=["toy"], guards=[])
@@ -281,12 +284,8 @@ def test_who_is_not_the_owners_gets_nowhere_and_a_party_cannot_be_the_owner(tmp_
         with channel(stranger, reconnect=HASTY, address=owner.address) as wire, pytest.raises(OwnerAway):
             _ = wire.welcome
         # A party that plays the owner with its own certificate is not believed by another party.
-        import grpc
-
-        from deltaloom.private.transport import secure_channel
-
         own = member.credential()
-        false = grpc.server(__import__("concurrent.futures").futures.ThreadPoolExecutor(2))
+        false = grpc.server(ThreadPoolExecutor(2))
         port = false.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(own.key, own.certificate)]))
         false.start()
         with pytest.raises(grpc.FutureTimeoutError):
@@ -342,6 +341,29 @@ def test_nan_in_a_request_never_leaves_the_party(tmp_path):
         with pytest.raises(NonFiniteError):
             wire.submit(request)
         assert all(wire.submit(step_request(1, micro)).result(10) for micro in range(6))   # the window is whole
+
+
+def test_two_servers_do_not_run_on_one_folder(tmp_path):
+    with service(tmp_path / "o"), pytest.raises(UsageError, match="another server"), service(tmp_path / "o"):
+        pass
+    with pytest.raises(UsageError, match="address"), service(tmp_path / "o", listen="256.1.1.1:1"):
+        pass
+    with service(tmp_path / "o") as owner:   # the folder is free again
+        assert owner.status()["running"]
+
+
+def test_a_stream_whose_party_sends_no_more_gets_its_answers_and_ends(tmp_path):
+    """The answer may be ready before or after the end of the party's half is noticed."""
+    back = ToyBack()
+    with service(tmp_path / "o", back) as owner:
+        member = joined(owner.authority, tmp_path, "a", owner.address)
+        wire = secure_channel(owner.address, member.authority, member.credential())
+        for step in range(1, 40):
+            back.seconds = (step % 3) * 0.001
+            sent = [frame_of(hello(run=f"r{step}")), frame_of(step_request(step), id=9)]
+            heard = [assemble(chunk, asks=False).header for chunk in wire.stream_stream(STREAM)(iter(sent), timeout=5)]
+            assert [head.kind.name for head in heard] == ["welcome", "loss-reply"] and heard[1].id == 9
+        wire.close()
 
 
 def test_a_closed_channel_takes_nothing(tmp_path):

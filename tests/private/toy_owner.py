@@ -125,7 +125,7 @@ def main() -> None:
     log_to()
     folder, listen = Path(sys.argv[1]), sys.argv[2]
     seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
-    Service(folder, ToyBack(seconds=seconds), listen=listen, coordinator=ToyRounds()).serve_until_stopped()
+    Service(folder, ToyBack(seconds=seconds), listen=listen, coordinator=lambda _: ToyRounds()).serve_until_stopped()
 
 
 if __name__ == "__main__":

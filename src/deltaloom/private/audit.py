@@ -15,7 +15,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
@@ -56,7 +56,11 @@ class Audit:
             self._catch_up(file)
 
     def write(self, who: str, what: str, *, durable: bool = False, **facts: Value) -> Head:
-        """Append a line; `facts` are numbers and short words. The new head.
+        """Append a line; `facts` are numbers and short words. The new head; raises as `note` does."""
+        return self.note(who, what, facts, durable=durable)
+
+    def note(self, who: str, what: str, facts: Mapping[str, Value], *, durable: bool = False) -> Head:
+        """Append a line with facts that are a mapping already. The new head.
 
         Raises:
             UsageError: a fact is too long to be one. ResourceError: the disk is full; the log is as it was.

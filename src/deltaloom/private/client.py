@@ -261,7 +261,7 @@ class GrpcChannel:
         self._bounds = Bounds(width=facts.width, outputs=facts.outputs, positions=facts.max_length, tokens=limits["tokens"],
                               rows=limits["rows"], values=limits["values"], session_tokens=limits["session_tokens"],
                               codecs=frozenset({self.hello.codec}))
-        self._progress = True
+        self._progress = not self._pending   # being let in without being answered is no progress
         if not self._welcome.done():
             self._slots = threading.Semaphore(welcome.window)
             self._welcome.set_result(welcome)
@@ -273,6 +273,7 @@ class GrpcChannel:
                 out.put(self._pending[id].frame)
 
     def _answered(self, head: Head, message: Any) -> None:
+        self._progress = True
         with self._lock:
             pending = self._pending.pop(head.id, None)
         if pending is None:

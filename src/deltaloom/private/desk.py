@@ -92,7 +92,11 @@ class Desk:
         return Welcome(asdict(facts), window, sizes, f"{head.lines}:{head.hash}")
 
     def answer(self, visit: Visit, frame: Frame) -> bytes:
-        """The frame of the reply, or of the refusal, to one request; never raises for what a party did."""
+        """The frame of the reply, or of the refusal, to one request; never raises for what a party did.
+
+        Raises:
+            ResourceError: the disk is full: this party's stream has to end, and it will come again.
+        """
         head: Head = frame.header
         began = time.perf_counter()
         self.metrics.began()
@@ -100,6 +104,9 @@ class Desk:
         try:
             reply, repeat = self._reply(visit, frame)
             data, outcome = reply.frame(id=head.id, party=visit.party), "repeat" if repeat else "answered"
+        except ResourceError:
+            self.metrics.abandoned()
+            raise
         except Exception as error:  # whatever it was: this party is told, the others are served
             refusal = refusal_of(error)
             data, outcome = prepare(refusal, "fp32").frame(id=head.id, party=visit.party), refusal.reason

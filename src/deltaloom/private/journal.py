@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from typing import TextIO
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from deltaloom.private.audit import Audit
+    from deltaloom.private.rounds import Happened
 
 LOGGER = logging.getLogger("deltaloom.private")
 LOGGER.addHandler(logging.NullHandler())
@@ -34,3 +39,15 @@ def log_to(stream: TextIO | None = None, level: int = logging.INFO) -> logging.H
     LOGGER.setLevel(level)
     LOGGER.propagate = False
     return handler
+
+
+def note_rounds(audit: Audit) -> Callable[[Happened], None]:
+    """What a coordinator of rounds tells, into the audit log and the log: rounds, phases, parties, never values."""
+
+    def tell(happened: Happened) -> None:
+        facts: dict[str, int | str] = {"round": happened.round, "phase": happened.phase,
+                                       "parties": ",".join(happened.parties)[:200]}
+        audit.note("owner", f"round-{happened.what}", facts, durable=happened.what == "published")
+        log(f"round {happened.what}", facts=facts)
+
+    return tell

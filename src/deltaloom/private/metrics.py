@@ -75,6 +75,11 @@ class Metrics:
             self._repeats += repeat
             self._latency.setdefault(kind, Histogram()).add(seconds)
 
+    def abandoned(self) -> None:
+        """A request that had begun was not answered; its party will send it again."""
+        with self._lock:
+            self._in_flight -= 1
+
     def refused(self, reason: str) -> None:
         """A frame, request or caller was turned away."""
         with self._lock:

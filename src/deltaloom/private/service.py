@@ -6,14 +6,15 @@ else. What a frame means is the desk's matter, how a stream runs is the stream's
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from deltaloom.errors import DeltaloomError, ResourceError, UsageError
 from deltaloom.files import write_atomic
@@ -47,26 +48,44 @@ class Service:
         CheckpointError: the audit log is broken.
     """
 
-    def __init__(self, folder: Path, executor: Answering, *, listen: str = "127.0.0.1:0", coordinator: Coordinating | None = None,
-                 policy: Policy | None = None) -> None:
+    def __init__(self, folder: Path, executor: Answering, *, listen: str = "127.0.0.1:0", policy: Policy | None = None,
+                 coordinator: Callable[[Audit], Coordinating] | None = None) -> None:
+        """`coordinator` makes that of the joint rounds, once this server is the folder's only one."""
         self.folder = folder
         self.authority = Authority(folder)
         self.policy = read_policy(folder / "policy.yaml") if policy is None else policy
-        self.audit = Audit(folder / "audit.jsonl")
-        self.metrics = Metrics()
-        self.desk = Desk(executor, self.policy, self.audit, self.metrics, Usage(self.audit.records()), coordinator)
-        limits = self.policy.limits
-        self._most_streams = limits.parties * (2 + limits.sessions)
-        self._workers = ThreadPoolExecutor(limits.parties * (limits.in_flight + limits.sessions), "worker")
         self._lock = threading.Lock()
         self._streams: dict[Place, Stream] = {}
         self._stopping = False
-        self._server = grpc.server(ThreadPoolExecutor(self._most_streams + 8, "grpc"), options=SERVER_OPTIONS,
-                                   maximum_concurrent_rpcs=self._most_streams + 8)
-        methods = {"Stream": grpc.stream_stream_rpc_method_handler(self._stream),
-                   "Enrol": grpc.unary_unary_rpc_method_handler(self._enrol)}
-        self._server.add_registered_method_handlers(SERVICE, methods)
-        self.address = self._bind(listen)
+        limits = self.policy.limits
+        streams = limits.parties * (2 + limits.sessions)
+        self._workers = ThreadPoolExecutor(limits.parties * (limits.in_flight + limits.sessions), "worker")
+        self._held = self._hold()
+        try:
+            self.audit = Audit(folder / "audit.jsonl")
+            self.metrics = Metrics()
+            rounds = None if coordinator is None else coordinator(self.audit)
+            self.desk = Desk(executor, self.policy, self.audit, self.metrics, Usage(self.audit.records()), rounds)
+            self._server = grpc.server(ThreadPoolExecutor(streams + 8, "grpc"), options=SERVER_OPTIONS,
+                                       maximum_concurrent_rpcs=streams + 8)
+            methods = {"Stream": grpc.stream_stream_rpc_method_handler(self._stream),
+                       "Enrol": grpc.unary_unary_rpc_method_handler(self._enrol)}
+            self._server.add_registered_method_handlers(SERVICE, methods)
+            self.address = self._bind(listen)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def _hold(self) -> TextIO:
+        """The folder's lock, held until the service or its process ends: two servers would write over one another's state."""
+        held = (self.folder / "serving.lock").open("w")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            held.close()
+            raise UsageError("another server is running on this owner's folder", got=str(self.folder),
+                             hint="Stop it first, or serve another folder.") from None
+        return held
 
     def start(self) -> None:
         """Begin to serve."""
@@ -90,6 +109,7 @@ class Service:
         except ResourceError as error:
             log("stop not noted", level=logging.WARNING, error=str(error))
         self.write_status()
+        self._held.close()
         log("stopped")
 
     def serve_until_stopped(self) -> str | None:
