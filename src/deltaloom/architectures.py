@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Literal
 
 ATTENTION_ROLES = ("q", "k", "v", "o", "qkv")
 MLP_ROLES = ("gate", "up", "down", "gate_up")
@@ -20,6 +21,23 @@ BY_NUMBER = ("scale_attn_by_inverse_layer_idx",)  # keys that make what a block 
 TRANSPOSED_STACKS = ("Llama4TextExperts", "GroupedLinearLayer")
 
 
+Before = Literal["tokens", "positions", "dropout", "all"]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """How a backbone is cut between two of its blocks; paths within the backbone (`base_model`).
+
+    `before` is what it runs on the way to the first block: the table of tokens, a table of positions that is added, dropout,
+    or all of these in one module. `norm` follows the last block. `scored` says which place of a row a classifier reads.
+    """
+
+    blocks: str
+    before: dict[str, Before]
+    norm: str | None
+    scored: Literal["first", "last"]
+
+
 @dataclass(frozen=True)
 class Family:
     """Names within a block; every key and entry may hold `*`."""
@@ -30,18 +48,21 @@ class Family:
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # role -> roles of its parts, in row order
     plain_head: bool = False                      # logits = head(last hidden state) and nothing after it
     depths: dict[str, str] = field(default_factory=lambda: {"*": DEPTH})  # path of a stack -> key of the configuration: blocks
+    halves: Halves | None = None                  # None: not cut, because it is not tested
 
 
 def _proj(attention: str, q: str, k: str, v: str, o: str) -> dict[str, str]:
     return {f"{attention}.{q}": "q", f"{attention}.{k}": "k", f"{attention}.{v}": "v", f"{attention}.{o}": "o"}
 
 
+_ROTARY = Halves("layers", {"embed_tokens": "tokens"}, "norm", "last")
 _LLAMA = Family(
     roles={**_proj("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
            "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"},
     attention=("self_attn",),
     branches={"attention": ("self_attn.q_proj", "self_attn.o_proj"), "mlp": ("mlp.gate_proj", "mlp.down_proj")},
     plain_head=True,
+    halves=_ROTARY,
 )
 _LLAMA_SCALED_LOGITS = Family(_LLAMA.roles, _LLAMA.attention, _LLAMA.branches)  # softcaps or scales follow the head
 _PHI = Family(
@@ -49,6 +70,7 @@ _PHI = Family(
     attention=("self_attn",),
     branches={"attention": ("self_attn.q_proj", "self_attn.dense"), "mlp": ("mlp.fc1", "mlp.fc2")},
     plain_head=True,
+    halves=Halves("layers", {"embed_tokens": "tokens", "embed_dropout": "dropout"}, "final_layernorm", "last"),
 )
 _PHI3 = Family(
     roles={"self_attn.qkv_proj": "qkv", "self_attn.o_proj": "o", "mlp.gate_up_proj": "gate_up", "mlp.down_proj": "down"},
@@ -56,6 +78,7 @@ _PHI3 = Family(
     branches={"attention": ("self_attn.qkv_proj", "self_attn.o_proj"), "mlp": ("mlp.gate_up_proj", "mlp.down_proj")},
     fused={"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")},
     plain_head=True,
+    halves=_ROTARY,
 )
 _GPT2 = Family(
     roles={"attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "up", "mlp.c_proj": "down"},
@@ -63,17 +86,20 @@ _GPT2 = Family(
     branches={"attention": ("attn.c_attn", "attn.c_proj"), "mlp": ("mlp.c_fc", "mlp.c_proj")},
     fused={"qkv": ("q", "k", "v")},
     plain_head=True,
+    halves=Halves("h", {"wte": "tokens", "wpe": "positions", "drop": "dropout"}, "ln_f", "last"),
 )
 _BERT = Family(
     roles={**_proj("attention.self", "query", "key", "value", ""), "attention.output.dense": "o",
            "intermediate.dense": "up", "output.dense": "down"},
     attention=("attention.self",),
     branches={"attention": ("attention.self.query", "attention.output.dense"), "mlp": ("intermediate.dense", "output.dense")},
+    halves=Halves("encoder.layer", {"embeddings": "all"}, None, "first"),
 )
 _DISTILBERT = Family(
     roles={**_proj("attention", "q_lin", "k_lin", "v_lin", "out_lin"), "ffn.lin1": "up", "ffn.lin2": "down"},
     attention=("attention",),
     branches={"attention": ("attention.q_lin", "attention.out_lin"), "mlp": ("ffn.lin1", "ffn.lin2")},
+    halves=Halves("transformer.layer", {"embeddings": "all"}, None, "first"),
 )
 _T5 = Family(
     roles={**_proj("layer.*.SelfAttention", "q", "k", "v", "o"), **_proj("layer.*.EncDecAttention", "q", "k", "v", "o"),

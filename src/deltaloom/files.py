@@ -13,8 +13,8 @@ from pathlib import Path
 from deltaloom.errors import RefusedError, ResourceError
 
 
-def write_atomic(path: Path, content: str | bytes) -> Path:
-    """Write a file through a temporary one in the same folder.
+def write_atomic(path: Path, content: str | bytes, *, mode: int = 0o644) -> Path:
+    """Write a file through a temporary one in the same folder; nobody but its owner can read it before it has its `mode`.
 
     Raises:
         ResourceError: the disk is full; an earlier file of that name is untouched.
@@ -29,7 +29,7 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
+            temporary.chmod(mode)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

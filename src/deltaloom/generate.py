@@ -6,7 +6,7 @@ caller: left padding, batches of similar length, soft prompts, stopping, and a r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,17 +32,17 @@ def generate(model: PreTrainedModel | Tuned, tokenizer: Any, prompts: Sequence[P
         UsageError: an empty prompt, a number out of range. RefusedError: a model that cannot generate.
     """
     base = _generating(model)
-    _check_numbers(max_new_tokens, temperature, top_p, batch_size)
+    check_numbers(max_new_tokens, temperature, top_p, batch_size)
     rows = encoded(tokenizer, prompts)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))  # longest first: memory fails early, pads are few
     texts = [""] * len(rows)
-    with _decoding(base, seed):
+    with decoding(base, seed):
         for start in range(0, len(order), batch_size):
             chosen = order[start:start + batch_size]
             with _rows_of_routing(model, chosen, len(rows)):
                 new = _batch(model, base, tokenizer, [rows[index] for index in chosen], max_new_tokens, temperature, top_p)
             for index, ids in zip(chosen, new, strict=True):
-                texts[index] = _text(tokenizer, ids)
+                texts[index] = text_of(tokenizer, ids)
     return texts
 
 
@@ -53,9 +53,9 @@ def stream(model: PreTrainedModel | Tuned, tokenizer: Any, prompt: Prompt, *, ma
     For a chat, give `tokenizer.apply_chat_template(messages, add_generation_prompt=True)` as token ids.
     """
     base = _generating(model)
-    _check_numbers(max_new_tokens, temperature, top_p, 1)
+    check_numbers(max_new_tokens, temperature, top_p, 1)
     inputs = _inputs(model, base, tokenizer, encoded(tokenizer, [prompt]))
-    return _pieces(model, base, tokenizer, inputs, max_new_tokens, temperature, top_p, seed)
+    return pieces_of(tokenizer, _tokens(base, tokenizer, inputs, max_new_tokens, temperature, top_p, seed))
 
 
 def encoded(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -84,7 +84,8 @@ def _generating(model: PreTrainedModel | Tuned) -> PreTrainedModel:
     return base
 
 
-def _check_numbers(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+def check_numbers(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+    """Raises UsageError for settings of generation that are out of range; all of them at once."""
     problems = [message for wrong, message in (
         (max_new_tokens < 1, f"max_new_tokens must be at least 1, got {max_new_tokens}"),
         (temperature < 0, f"temperature must be 0 (always the likeliest token) or more, got {temperature}"),
@@ -95,7 +96,7 @@ def _check_numbers(max_new_tokens: int, temperature: float, top_p: float, batch_
 
 
 @contextmanager
-def _decoding(model: PreTrainedModel, seed: int) -> Iterator[None]:
+def decoding(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients and our own random state; mode and the caller's state are put back."""
     devices = [model.device] if model.device.type == "cuda" else []
     training = {module: module.training for module in model.modules()}
@@ -183,47 +184,57 @@ def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
     return ids[:stop]
 
 
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Tokens as text, without special ones."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _pieces(model: PreTrainedModel | Tuned, base: PreTrainedModel, tokenizer: Any, inputs: dict[str, Any], max_new_tokens: int,
-            temperature: float, top_p: float, seed: int) -> Iterator[str]:
+def _tokens(base: PreTrainedModel, tokenizer: Any, inputs: dict[str, Any], max_new_tokens: int, temperature: float, top_p: float,
+            seed: int) -> Iterator[int]:
+    """New tokens one after another, without the end token."""
     ends = end_tokens(base, tokenizer)
     generator = torch.Generator(base.device).manual_seed(seed)
     step, ids = dict(inputs), list[int]()
     if base.config.is_encoder_decoder:
-        with _decoding(base, seed):
+        with decoding(base, seed):
             outputs = _encoder_outputs(base, inputs)
         first = base.generation_config.forced_bos_token_id  # the language to write, for translation models
         ids = [] if first is None else [first]
         start = torch.tensor([[base.generation_config.decoder_start_token_id, *ids]], device=base.device)
         step = {"encoder_outputs": outputs, "attention_mask": inputs["attention_mask"], "decoder_input_ids": start}
+    yield from ids
     word = "decoder_input_ids" if base.config.is_encoder_decoder else "input_ids"
-    given, cache = "", None
-    while len(ids) < max_new_tokens:
-        with _decoding(base, seed):  # entered anew for each token: between two of them the caller's own code runs
+    cache = None
+    for _ in range(len(ids), max_new_tokens):
+        with decoding(base, seed):  # entered anew for each token: between two of them the caller's own code runs
             output = base(**step, past_key_values=cache, use_cache=True)
-        token = _choose(output.logits[:, -1].float(), temperature, top_p, generator)
+        token = choose(output.logits[:, -1].float(), temperature, top_p, generator)
         if int(token) in ends:
-            break
-        ids.append(int(token))
-        text = _text(tokenizer, ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest of its bytes
-            yield text[len(given):]
-            given = text
+            return
+        yield int(token)
         cache = output.past_key_values
         step = {**step, word: token.view(1, 1)}
         step.pop("inputs_embeds", None)
         if not base.config.is_encoder_decoder:
             step["attention_mask"] = torch.nn.functional.pad(step["attention_mask"], (0, 1), value=1)
-    rest = _text(tokenizer, ids)
+
+
+def pieces_of(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """Pieces of the text of tokens, each as soon as its characters are whole."""
+    given, ids = "", list[int]()
+    for token in tokens:
+        ids.append(token)
+        text = text_of(tokenizer, ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest of its bytes
+            yield text[len(given):]
+            given = text
+    rest = text_of(tokenizer, ids)
     if len(rest) > len(given):
         yield rest[len(given):]
 
 
-def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """(1, vocabulary) -> (1,)"""
+def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """The next token (1,) of scores (1, vocabulary): the likeliest at temperature 0, else one that is drawn."""
     if temperature == 0:
         return logits.argmax(-1)
     none = torch.empty(1, 0, dtype=torch.long)

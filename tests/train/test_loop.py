@@ -9,6 +9,7 @@ from deltaloom.deltas.lora import LoRA
 from deltaloom.errors import DataError, RefusedError, SettingsError
 from deltaloom.events import Acted, Evaluated, Finished, Saved, Started, Step, Warned
 from deltaloom.train.checkpoints import checkpoints
+from deltaloom.train.loop import train
 from deltaloom.train.progress import Goal
 from deltaloom.train.settings import EarlyStop, TrainSettings
 from deltaloom.tuned import attach
@@ -320,3 +321,15 @@ def test_no_warning_in_a_plain_run():
     log = Log()
     run(tuned_model(), TrainSettings(max_steps=2, batch_size=6), log)
     assert log.of(Warned) == []
+
+
+@pytest.mark.parametrize("ahead", [2, 3, 50])
+def test_forward_passes_that_run_ahead_change_nothing(ahead):
+    settings = TrainSettings(batch_size=8, max_steps=3, learning_rate=0.01)
+    states, steps = [], []
+    for options in ({}, {"ahead": ahead, "before_step": steps.append}):
+        tuned = tuned_model([LoRA(rank=2)], small(dropout=0.0))
+        train(tuned, LanguageTask(), feed(settings, micro_tokens=24), settings=settings, **options)
+        states.append(tuned.delta_state())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert steps == [1, 2, 3]

@@ -108,7 +108,7 @@ def _recorded(model: PreTrainedModel, modules: Sequence[nn.Module], inputs: dict
     model.eval()
     try:
         with torch.no_grad(), recording(model, modules) as found:
-            model(**inputs)
+            model.base_model(**inputs)  # the head adds nothing, and the front of a cut model has none
     finally:
         model.train(training)
     return [found[module][0] for module in modules]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -68,6 +69,14 @@ class CausalLM(Task):
         return language_shown(prediction)
 
 
+class PlaceLosses(nn.Module, ABC):
+    """A model that computes the losses at places itself, because its head is elsewhere."""
+
+    @abstractmethod
+    def place_losses(self, batch: Batch, places: Tensor, wanted: Tensor) -> Tensor:
+        """Losses (n,) in nats at flat places (n,) of the batch's (rows, time); `wanted` (n,) are the tokens there."""
+
+
 def causal_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(losses (n,), the flat positions (n,) whose next token is learned, labels (batch, time)).
 
@@ -78,6 +87,8 @@ def causal_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tenso
         raise RefusedError("these rows have no completion to score")
     places = learned_places(labels) if batch.places is None else batch.places
     wanted = labels.flatten()[places + 1]
+    if isinstance(model, PlaceLosses):
+        return model.place_losses(batch, places, wanted), places, labels
     if has_plain_head(model):
         hidden, head = hidden_and_head(model, batch.inputs)
         chosen = hidden.flatten(0, 1)[places]

@@ -12,7 +12,7 @@ checkpoint holds, so a run that was stopped anywhere and resumed gives bit for b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -44,14 +44,16 @@ LOSS = Goal("loss", higher=False)
 def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, emit: Emitter | None = None, seed: int = 0,
           evaluate: Evaluate | None = None, goal: Goal = LOSS, folder: Path | None = None, log: Path | None = None,
           resume: Checkpoint | None = None, identity: Mapping[str, str] | None = None,
-          floor_rate: float | None = None) -> TrainResult:
+          floor_rate: float | None = None, ahead: int = 1, before_step: Callable[[int], None] | None = None) -> TrainResult:
     """Train the deltas that `tuned` uses, on the rows of `feed`, and give back what was done.
 
     `evaluate` gives the metrics of the tuned model (called in evaluation mode, without gradients), `goal` says which of them
     decides. `folder` takes the checkpoints, `log` is the event file whose position they note. `resume` goes on from a
     checkpoint (`checkpoints.latest_checkpoint` finds it; call its `rewind(log)` before opening the log). `identity` names what
     a resumed run must share besides its settings, such as fingerprints of model and data. `floor_rate` is the tokens per
-    second at the floor of operations. The process's random generators are seeded; dropout of the model is active.
+    second at the floor of operations. `ahead` forward passes of a step's micro-batches run before the first one's backward pass:
+    more than one pays where a loss is computed elsewhere. `before_step` is called with each step's number. The
+    process's random generators are seeded; dropout of the model is active.
 
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite; the parameters are not stepped, no checkpoint is overwritten.
@@ -76,6 +78,7 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
                     else _planned(tuned, task, feed, settings, emit))
         run = _assembled(tuned, task, feed, settings, emit, progress, memory, floor_rate=floor_rate, evaluate=evaluate, goal=goal,
                          folder=folder, log=log, identity=dict(identity or {}))
+        run.ahead, run.before_step = ahead, before_step
         if resume is not None:
             _take(run, resume)
         else:

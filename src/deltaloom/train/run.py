@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,11 @@ class TrainResult:
     peak_memory_bytes: int | None   # beyond the loaded model; None where it cannot be measured
 
 
+def _backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss.detach()
+
+
 @dataclass
 class Run:
     """The parts of one training run, put together by `train`."""
@@ -80,6 +86,8 @@ class Run:
     log: Path | None
     identity: dict[str, str]
     parameters: dict[str, nn.Parameter]
+    ahead: int = 1
+    before_step: Callable[[int], None] | None = None
     saved_step: int = -1
     evaluation_seconds: float = 0.0
     saving_seconds: float = 0.0
@@ -110,6 +118,8 @@ class Run:
     def _optimizer_step(self, micro: Sequence[Sequence[int]]) -> None:
         progress, settings = self.progress, self.settings
         step = progress.step + 1
+        if self.before_step is not None:
+            self.before_step(step)
         parameters = list(self.parameters.values())
         losses, count, batches = self._backward(micro)
         divide_gradients(parameters, count)
@@ -141,14 +151,17 @@ class Run:
         """Gradients of the summed loss over all micro-batches; (their losses, the total count, the batches)."""
         losses: list[Tensor] = []
         batches: list[Batch] = []
+        waiting: deque[Tensor] = deque()  # losses whose backward pass is still to come, oldest first
         count: Tensor | float = 0.0
         for indices in micro:
             batch = self.feed.batch(indices, self.device)
             loss, part = self.task.loss(self.tuned, batch)
-            loss.backward()
-            losses.append(loss.detach())
+            waiting.append(loss)
             batches.append(batch)
             count = count + part
+            if len(waiting) == self.ahead:
+                losses.append(_backward(waiting.popleft()))
+        losses.extend(_backward(loss) for loss in waiting)
         return losses, count, batches
 
     def _next_rows(self) -> Sequence[Sequence[int]]:

@@ -1,0 +1,1 @@
+"""Private tuning: the front of a model at the party, the back at the owner."""

@@ -1,0 +1,1 @@
+"""The wire: frames, the schema of their headers, how tensors travel."""
