@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import struct
 import zlib
@@ -96,4 +97,4 @@ class Mutator:
         elif isinstance(node[key], int) and self.random.random() < 0.5:
             node[key] += self.random.choice([-1, 1, 7, 10 ** 6])
         else:
-            node[key] = self.random.choice(ODD)
+            node[key] = copy.deepcopy(self.random.choice(ODD))

@@ -20,6 +20,7 @@ from deltaloom.private.messages import (
     ForgottenError,
     GradientRequest,
     Key,
+    LossReply,
     OpenRequest,
     ScoreRequest,
 )
@@ -27,9 +28,10 @@ from deltaloom.private.policy import Limits, Policy, Quotas
 from deltaloom.private.refused import Refused
 from deltaloom.private.round_messages import AnswerRequest, StandRequest
 from deltaloom.private.transport import STREAM, secure_channel
+from deltaloom.private.wire.convert import Refusal, Welcome, decode_message
 from tests.private.owned import QUICK, channel, hello, joined, service, step_request
 from tests.private.toy_owner import ToyBack
-from tests.private.wired import assemble, assert_same, frame_of, outputs_request, rows
+from tests.private.wired import BOUNDS, assemble, assert_same, frame_of, outputs_request, rows
 
 pytestmark = pytest.mark.timeout(60)
 HASTY = Reconnect(first_wait=0.02, longest_wait=0.1, patience=0.5)
@@ -112,21 +114,56 @@ def test_a_late_step_is_refused_and_a_late_repeat_is_answered(tmp_path):
         assert wire.submit(step_request(4)).result(10)
 
 
-def test_no_more_than_the_window_is_under_way(tmp_path):
-    class Counting(ToyBack):
-        now = most = 0
-        guard = threading.Lock()
+class Counting(ToyBack):
+    """Counts how many requests it has at once."""
 
-        def answer(self, party, request):
+    now = most = 0
+    guard = threading.Lock()
+
+    def answer(self, party, request):
+        with self.guard:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        try:
+            return super().answer(party, request)
+        finally:
             with self.guard:
-                self.now += 1
-                self.most = max(self.most, self.now)
-            try:
-                return super().answer(party, request)
-            finally:
-                with self.guard:
-                    self.now -= 1
+                self.now -= 1
 
+
+def raw_stream(owner, member, sent: list[bytes]) -> list:
+    """What a stream hears that sends these frames without waiting for anything."""
+    wire = secure_channel(owner.address, member.authority, member.credential())
+    heard = []
+    for chunk in wire.stream_stream(STREAM)(iter(sent), timeout=20):
+        frame = assemble(chunk, asks=False)
+        heard.append(decode_message(frame.header, frame.body, BOUNDS))
+    wire.close()
+    return heard
+
+
+def test_a_party_that_ignores_the_window_is_slowed_and_answered(tmp_path):
+    back = Counting(seconds=0.02)
+    with service(tmp_path / "o", back, Policy(limits=Limits(in_flight=2))) as owner:
+        member = joined(owner.authority, tmp_path, "a", owner.address)
+        sent = [frame_of(hello()), *(frame_of(step_request(1, micro), id=micro + 1) for micro in range(12))]
+        heard = raw_stream(owner, member, sent)
+        assert [type(message) for message in heard] == [Welcome] + [LossReply] * 12
+        assert back.most == 2
+
+
+def test_a_frame_that_speaks_for_somebody_else_is_refused_and_so_is_a_second_hello(tmp_path):
+    with service(tmp_path / "o") as owner:
+        member = joined(owner.authority, tmp_path, "a", owner.address)
+        joined(owner.authority, tmp_path, "b", owner.address)
+        for sent, reasons in (([frame_of(hello(), party="b")], ["party"]),
+                              ([frame_of(step_request(1))], ["order"]),
+                              ([frame_of(hello()), frame_of(step_request(1), party="b"), frame_of(hello())], ["order", "party"])):
+            heard = raw_stream(owner, member, sent)
+            assert sorted(message.reason for message in heard if isinstance(message, Refusal)) == reasons
+
+
+def test_no_more_than_the_window_is_under_way(tmp_path):
     back = Counting(seconds=0.05)
     policy = Policy(limits=Limits(in_flight=2))
     with service(tmp_path / "o", back, policy) as owner, channel(joined(owner.authority, tmp_path, "a", owner.address)) as wire:
@@ -357,13 +394,10 @@ def test_a_stream_whose_party_sends_no_more_gets_its_answers_and_ends(tmp_path):
     back = ToyBack()
     with service(tmp_path / "o", back) as owner:
         member = joined(owner.authority, tmp_path, "a", owner.address)
-        wire = secure_channel(owner.address, member.authority, member.credential())
         for step in range(1, 40):
             back.seconds = (step % 3) * 0.001
             sent = [frame_of(hello(run=f"r{step}")), frame_of(step_request(step), id=9)]
-            heard = [assemble(chunk, asks=False).header for chunk in wire.stream_stream(STREAM)(iter(sent), timeout=5)]
-            assert [head.kind.name for head in heard] == ["welcome", "loss-reply"] and heard[1].id == 9
-        wire.close()
+            assert [type(message) for message in raw_stream(owner, member, sent)] == [Welcome, LossReply]
 
 
 def test_a_closed_channel_takes_nothing(tmp_path):
