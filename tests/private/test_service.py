@@ -13,7 +13,10 @@ import torch
 
 from deltaloom.errors import RefusedError, UsageError
 from deltaloom.private.audit import read_audit
+from deltaloom.private.authority import Authority
 from deltaloom.private.client import GrpcChannel, OwnerAway, Reconnect, join
+from deltaloom.private.identity import PARTY, Credential, issue
+from deltaloom.private.membership import Membership
 from deltaloom.private.messages import (
     CloseRequest,
     ExtendRequest,
@@ -265,8 +268,6 @@ def test_an_invite_is_good_once_and_for_nothing_else(tmp_path):
     with service(tmp_path / "o") as owner:
         invite = owner.authority.invite("a", owner.address)
         credential = (invite.key.encode(), invite.certificate.encode())
-        from deltaloom.private.membership import Membership
-
         member = Membership.prepare(tmp_path / "a", invite)
         with pytest.raises(UsageError, match="party join"):
             member.credential()
@@ -295,8 +296,6 @@ def test_a_revocation_reaches_a_running_stream_at_its_next_request(tmp_path):
         member, other = (joined(owner.authority, tmp_path, name, owner.address) for name in ("a", "b"))
         with channel(member) as wire, channel(other) as unaffected:
             wire.submit(step_request(1)).result(10)
-            from deltaloom.private.authority import Authority
-
             assert Authority(tmp_path / "o").revoke("a") >= 1   # as another process does
             with pytest.raises(Refused) as refusal:
                 wire.submit(step_request(2)).result(10)
@@ -331,18 +330,24 @@ def test_who_is_not_the_owners_gets_nowhere_and_a_party_cannot_be_the_owner(tmp_
         assert owner.status()["parties"] == {}
 
 
-def test_an_expired_certificate_gets_nowhere(tmp_path):
-    policy = Policy(certificate_days=1.5 / 86400)
-    with service(tmp_path / "o", policy=policy) as owner:
+def test_an_expired_certificate_gets_nowhere(tmp_path, monkeypatch):
+    with service(tmp_path / "o") as owner:
         member = joined(owner.authority, tmp_path, "a", owner.address)
-        with channel(member, reconnect=HASTY) as wire:
+        with channel(member) as wire:
             wire.submit(step_request(1)).result(10)
-            time.sleep(1.6)
+            later = time.time() + 91 * 86400
+            monkeypatch.setattr(time, "time", lambda: later)
             with pytest.raises(Refused) as refusal:   # on the stream that was opened in time
                 wire.submit(step_request(2)).result(10)
             assert refusal.value.reason == "expired"
-        with pytest.raises(RefusedError, match="expired"):
-            GrpcChannel(member, hello(), HASTY)
+            with pytest.raises(RefusedError, match="expired"):   # the client looks before it connects
+                GrpcChannel(member, hello(), HASTY)
+            monkeypatch.undo()
+        key = member.credential().key
+        old = Credential(key, issue(owner.authority.credential, member.request(), "a", PARTY, -3600))
+        monkeypatch.setattr(Membership, "credential", lambda self: old)   # a client that does not look: the handshake refuses
+        with channel(member, reconnect=HASTY) as wire, pytest.raises(OwnerAway):
+            _ = wire.welcome
 
 
 def test_status_metrics_and_audit_tell_facts_and_no_content(tmp_path):
