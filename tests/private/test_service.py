@@ -226,7 +226,7 @@ def test_a_quota_holds_and_a_restart_does_not_renew_it(tmp_path, quota, good):
                 wire.submit(step_request(9)).result(10)
 
 
-@pytest.mark.parametrize("change", [{"cut": 3}, {"codec": "int8"}, {"labels": "party"}, {"method": "other"},
+@pytest.mark.parametrize("change", [{"cut": 3}, {"codec": "int8"}, {"labels": "home"}, {"method": "other"},
                                     {"guards": ["strange"]}, {"fingerprint": "0" * 64}])
 def test_what_the_policy_does_not_allow_gets_no_stream(tmp_path, change):
     policy = Policy(codecs=["fp32"], labels=["owner"], methods=["toy"], guards=[])
