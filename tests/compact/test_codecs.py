@@ -148,6 +148,8 @@ def test_more_than_one_chunk_decodes_as_one(name, monkeypatch):
     decoded = codec.decode(whole, 37, 130, torch.float32)
     for place in ("nf4", "int8", "int4"):
         monkeypatch.setattr(f"deltaloom.compact.codecs.{place}.CHUNK", 256)
+    for place in ("nf4", "int8"):
+        monkeypatch.setattr(f"deltaloom.compact.codecs.{place}.ENCODED", 128)
     parts = codec.encode(weight)
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert torch.equal(codec.decode(whole, 37, 130, torch.float32), decoded)

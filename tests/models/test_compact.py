@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -206,3 +208,28 @@ def test_files_are_as_small_as_the_codec_says(tmp_path):
         rest = sum(p.numel() * p.element_size() for p in model.parameters())
         header = 200 * len(model.state_dict())
         assert (tmp_path / codec / "model.safetensors").stat().st_size <= most * weights + rest + header
+
+
+LOADING = """
+import sys, torch
+import transformers.models.llama.modeling_llama
+from deltaloom.models.load import load_model
+from deltaloom.train.memory import PeakMemory
+memory = PeakMemory(torch.device("cpu"))
+codec = sys.argv[1] if sys.argv[1] != "dense" else None
+model = load_model("bundled:smollm2-135m-instruct", task="causal-lm", dtype=torch.bfloat16, quantise=codec).model
+weight = model.get_input_embeddings().weight
+print((memory.peak() or 0) - weight.numel() * weight.element_size())
+"""
+
+
+@pytest.mark.real
+def test_loading_as_nf4_peaks_below_six_tenths_of_loading_dense():
+    def peak(form):
+        done = subprocess.run([sys.executable, "-c", LOADING, form], check=True, capture_output=True, text=True)
+        return int(done.stdout.split()[-1])
+
+    dense = peak("dense")
+    if dense <= 0:
+        pytest.skip("this system does not tell the peak of memory")
+    assert peak("nf4") < 0.6 * dense

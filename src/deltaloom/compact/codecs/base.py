@@ -14,7 +14,8 @@ from deltaloom.registry import class_named, names_in
 from deltaloom.settings import Settings
 
 PACKAGE = "deltaloom.compact.codecs"
-CHUNK = 2 ** 20  # elements that are encoded or decoded at once: what they need besides in float32 stays in the cache
+CHUNK = 2 ** 20  # elements that are decoded at once: what is needed besides in float32 stays small
+ENCODED = 2 ** 14  # elements that are encoded at once: in the cache through the many passes, and few enough for one thread
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -70,17 +71,25 @@ def codec_record(codec: Codec) -> dict[str, Any]:
     return {"codec": codec.name, **codec.as_dict()}
 
 
-def checked_weight(weight: Tensor) -> Tensor:
-    """A weight that can be encoded, without its graph.
+def check_finite(largest: Tensor, weight: Tensor) -> None:
+    """Refuse a weight whose largest sizes, of rows or blocks, are not finite: a value among them is not.
 
     Raises:
-        RefusedError: it is no matrix of finite floating-point numbers, or it is empty.
+        RefusedError: so it is.
+    """
+    if not bool(largest.isfinite().all()):
+        raise RefusedError("a weight that is not finite cannot be quantised", got=f"{tuple(weight.shape)} {weight.dtype}",
+                           hint="The model's file is damaged, or its training went wrong.")
+
+
+def checked_weight(weight: Tensor) -> Tensor:
+    """A weight that can be encoded if its values are finite, without its graph.
+
+    Raises:
+        RefusedError: it is no matrix of floating-point numbers, or it is empty.
     """
     if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
         raise RefusedError("only a matrix of numbers can be quantised", got=f"{tuple(weight.shape)} {weight.dtype}")
-    if not bool(weight.isfinite().all()):
-        raise RefusedError("a weight that is not finite cannot be quantised", got=f"{tuple(weight.shape)} {weight.dtype}",
-                           hint="The model's file is damaged, or its training went wrong.")
     return weight.detach()
 
 

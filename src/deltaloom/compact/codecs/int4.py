@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from deltaloom.compact.codecs.base import CHUNK, Codec, Shapes, checked_weight, looked_up, packed, pair_table
+from deltaloom.compact.codecs.base import CHUNK, Codec, Shapes, check_finite, checked_weight, looked_up, packed, pair_table
 from deltaloom.errors import RefusedError
 
 LARGEST = 15
@@ -43,6 +43,7 @@ class Int4(Codec):
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Nearest points of each group's own grid."""
         weight = checked_weight(weight)
+        check_finite(weight, weight)
         found = [self.grid(part) for part in weight.split(self.group, 1)]
         scales, zeros = torch.cat([scale for scale, _ in found], 1), torch.cat([zero for _, zero in found], 1)
         codes = torch.cat([nearest(part, scale, zero) for part, (scale, zero) in zip(weight.split(self.group, 1), found,

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltaloom.compact.codecs.base import CHUNK, Codec, Shapes, checked_weight
+from deltaloom.compact.codecs.base import CHUNK, ENCODED, Codec, Shapes, check_finite, checked_weight
 
 LARGEST = 127
 
@@ -30,22 +30,25 @@ class Int8(Codec):
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Each row by its own largest value; a row of zeros has scale 0."""
         weight = checked_weight(weight)
-        scales = weight.abs().amax(1, keepdim=True).float() / LARGEST
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        inverse = torch.where(scales > 0, 1 / scales, 0.0).nan_to_num(posinf=0.0)
-        for rows in _chunks(*weight.shape):
-            codes[rows] = (weight[rows].float() * inverse[rows]).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+        scales = torch.empty(len(weight), 1, device=weight.device)
+        for rows in _chunks(weight.shape[0], weight.shape[1], ENCODED):
+            values = weight[rows].float()
+            scales[rows] = scale = values.abs().amax(1, keepdim=True) / LARGEST
+            inverse = torch.where(scale > 0, 1 / scale, 0.0).nan_to_num(posinf=0.0)
+            codes[rows] = (values * inverse).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+        check_finite(scales, weight)
         return {"codes": codes, "scales": scales}
 
     def decode(self, tensors: Mapping[str, Tensor], d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
         """codes times scales."""
         codes, scales = tensors["codes"], tensors["scales"]
         weight = torch.empty(d_out, d_in, dtype=dtype, device=codes.device)
-        for rows in _chunks(d_out, d_in):
+        for rows in _chunks(d_out, d_in, CHUNK):
             weight[rows] = torch.mul(codes[rows], scales[rows])
         return weight
 
 
-def _chunks(d_out: int, d_in: int) -> list[slice]:
-    rows = max(1, CHUNK // d_in)
+def _chunks(d_out: int, d_in: int, elements: int) -> list[slice]:
+    rows = max(1, elements // d_in)
     return [slice(start, start + rows) for start in range(0, d_out, rows)]

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deltaloom.compact.codecs.base import CHUNK, Codec, Shapes, checked_weight, looked_up, packed, pair_table
+from deltaloom.compact.codecs.base import (
+    CHUNK,
+    ENCODED,
+    Codec,
+    Shapes,
+    check_finite,
+    checked_weight,
+    looked_up,
+    packed,
+    pair_table,
+)
 
 BLOCK, GROUP = 64, 256
 FEW = 16  # so many comparisons of all values are faster than a search for each
@@ -43,15 +53,17 @@ class Nf4(Codec):
         """Nearest levels; the last block may be short."""
         flat = checked_weight(weight).reshape(-1)
         levels = torch.tensor(LEVELS, device=flat.device)
-        codes, largest = [], []
-        for part in flat.split(CHUNK):
-            found, scale = _nearest(part, levels, BLOCK)
-            codes.append(packed(functional.pad(found, (0, found.numel() % 2), value=LEVELS.index(0.0))))
-            largest.append(scale)
-        scales = torch.cat(largest)
+        codes = torch.empty(-(flat.numel() // -2), dtype=torch.uint8, device=flat.device)
+        scales = torch.empty(-(flat.numel() // -BLOCK), device=flat.device)
+        for start in range(0, flat.numel(), ENCODED):
+            found, largest = _nearest(flat[start:start + ENCODED], levels, BLOCK)
+            found = functional.pad(found, (0, found.numel() % 2), value=LEVELS.index(0.0))
+            codes[start // 2:(start + found.numel()) // 2] = packed(found)
+            scales[start // BLOCK:start // BLOCK + len(largest)] = largest
+        check_finite(scales, weight)
         mean = scales.mean().reshape(1)
         small, steps = _nearest(scales - mean, dynamic_map(flat.device), GROUP)
-        return {"codes": torch.cat(codes), "scales": small, "steps": steps, "mean": mean}
+        return {"codes": codes, "scales": small, "steps": steps, "mean": mean}
 
     def decode(self, tensors: Mapping[str, Tensor], d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
         """Levels times the scales of their blocks."""
