@@ -153,7 +153,7 @@ def small(tmp_path):
     lambda q: q.update(fingerprint=3),
     lambda q: q.update(more=1),
     lambda q: q.update(codec={"codec": "nf4", "x": 1}),
-], ids=str)
+])
 def test_records_from_outside_are_checked(change, tmp_path):
     place = small(tmp_path)
     config = json.loads((place / "config.json").read_text())
