@@ -10,13 +10,13 @@ LAYOUTS = ("llama", "gpt2", "bert", "t5")
 MORE_LAYOUTS = ("phi", "phi3", "qwen3", "gemma", "roberta", "distilbert", "bart", "vit", "llama-classifier")
 
 
-def toy(layout: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def toy(layout: str, seed: int = 0, dtype: torch.dtype = torch.float32, blocks: int = 2) -> nn.Module:
     """A tiny model in evaluation mode with random weights (larger than the library's, so that changes show)."""
     import transformers as t
 
-    decoder = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    decoder = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": blocks,
                "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    encoder = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    encoder = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": blocks,
                "num_attention_heads": 4, "num_labels": 3, "pad_token_id": 0, "hidden_dropout_prob": 0.0,
                "attention_probs_dropout_prob": 0.0}
     no_drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -27,21 +27,21 @@ def toy(layout: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Mo
         "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**decoder, head_dim=4)),
         "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**decoder)),
         "phi": lambda: t.PhiForCausalLM(t.PhiConfig(**(decoder | {"num_key_value_heads": 4}))),
-        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, bos_token_id=1,
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=blocks, n_head=4, bos_token_id=1,
                                                        eos_token_id=2, n_positions=64, **no_drop)),
         "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**encoder)),
         "roberta": lambda: t.RobertaForSequenceClassification(t.RobertaConfig(**(encoder | {"pad_token_id": 1}))),
         "distilbert": lambda: t.DistilBertForSequenceClassification(t.DistilBertConfig(
-            vocab_size=VOCABULARY, dim=16, hidden_dim=24, n_layers=2, n_heads=4, num_labels=3, dropout=0.0,
+            vocab_size=VOCABULARY, dim=16, hidden_dim=24, n_layers=blocks, n_heads=4, num_labels=3, dropout=0.0,
             attention_dropout=0.0, seq_classif_dropout=0.0)),
         "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(
-            vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, dropout_rate=0.0,
+            vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=24, num_layers=blocks, num_heads=4, dropout_rate=0.0,
             decoder_start_token_id=0)),
         "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(
-            vocab_size=VOCABULARY, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            vocab_size=VOCABULARY, d_model=16, encoder_layers=blocks, decoder_layers=blocks, encoder_attention_heads=4,
             decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, dropout=0.0, max_position_embeddings=64)),
         "vit": lambda: t.ViTForImageClassification(t.ViTConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4,
+            hidden_size=16, intermediate_size=24, num_hidden_layers=blocks, num_attention_heads=4, image_size=8, patch_size=4,
             num_channels=1, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
     }
     torch.manual_seed(seed)
@@ -54,6 +54,14 @@ def toy(layout: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Mo
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.tie_weights()
     return model.eval().to(dtype)
+
+
+def quantised_toy(layout: str, codec: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The tiny model with the linears inside its blocks quantised."""
+    from deltaloom.compact import codec_from
+    from deltaloom.models.compact import quantise_model
+
+    return quantise_model(toy(layout, seed, dtype), codec_from(codec))
 
 
 def toy_batch(layout: str, rows: int = 3, time: int = 7, seed: int = 1, labels: bool = True) -> dict[str, Tensor]:

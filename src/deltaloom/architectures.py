@@ -13,6 +13,10 @@ from typing import Literal
 ATTENTION_ROLES = ("q", "k", "v", "o", "qkv")
 MLP_ROLES = ("gate", "up", "down", "gate_up")
 NOT_BY_ROW = ("relative_attention_bias",)  # layers whose input is (queries, keys), the same for every row of the batch
+DEPTH = "num_hidden_layers"  # where a configuration counts the blocks, whatever the family calls it itself
+# Lists of a configuration with one entry for each block.
+LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "no_rope_layer_types")
+BY_NUMBER = ("scale_attn_by_inverse_layer_idx",)  # keys that make what a block computes depend on its number
 # Classes with 3-D weights stored as (slices, d_in, d_out) that do not say so themselves by `is_transposed`.
 TRANSPOSED_STACKS = ("Llama4TextExperts", "GroupedLinearLayer")
 
@@ -44,6 +48,7 @@ class Family:
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # role -> roles of its parts, in row order
     plain_head: bool = False                      # logits = head(last hidden state) and nothing after it
     halves: Halves | None = None                  # None: not cut, because it is not tested
+    depths: dict[str, str] = field(default_factory=lambda: {"*": DEPTH})  # path of a stack -> key of the configuration: blocks
 
 
 def _proj(attention: str, q: str, k: str, v: str, o: str) -> dict[str, str]:
@@ -104,6 +109,7 @@ _T5 = Family(
     branches={"attention": ("layer.*.SelfAttention.q", "layer.*.SelfAttention.o"),
               "cross_attention": ("layer.*.EncDecAttention.q", "layer.*.EncDecAttention.o"),
               "mlp": ("layer.*.DenseReluDense.wi*", "layer.*.DenseReluDense.wo")},
+    depths={"*encoder.block": "num_layers", "*decoder.block": "num_decoder_layers"},
 )
 _BART = Family(
     roles={**_proj("self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
@@ -111,6 +117,7 @@ _BART = Family(
     attention=("self_attn",),
     branches={"attention": ("self_attn.q_proj", "self_attn.out_proj"),
               "cross_attention": ("encoder_attn.q_proj", "encoder_attn.out_proj"), "mlp": ("fc1", "fc2")},
+    depths={"*encoder.layers": "encoder_layers", "*decoder.layers": "decoder_layers"},
 )
 _VIT = Family(
     roles={**_proj("attention", "q_proj", "k_proj", "v_proj", "o_proj"), "mlp.fc1": "up", "mlp.fc2": "down"},
@@ -165,3 +172,27 @@ def role_of(family: Family | None, rest: str) -> str:
                 return role
         return leaf
     return COMMON_ROLES.get(leaf, leaf)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Where a configuration says how wide the inside of a block is, where it can say another width than the usual one."""
+
+    neurons: dict[str, str]     # path of a stack -> key: neurons of the feed-forward layer
+    heads: str | None = None    # key: heads of a query; None where the width of a head follows from their number
+    groups: str | None = None   # key: heads of keys and values; None where there are as many as of a query
+    head: str | None = None     # key: width of a head, to be written where the number of heads changes
+    by_head: str | None = None  # table in a block with one column for each head, which all blocks of the stack read
+
+
+_GROUPED = Widths({"*": "intermediate_size"}, "num_attention_heads", "num_key_value_heads", "head_dim")
+
+WIDTHS: dict[str, Widths] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "smollm3"), _GROUPED),
+    "gpt2": Widths({"*": "n_inner"}),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "vit", "deit"),
+                    Widths({"*": "intermediate_size"})),
+    "distilbert": Widths({"*": "hidden_dim"}),
+    **dict.fromkeys(("t5", "mt5"), Widths({"*": "d_ff"}, "num_heads", None, "d_kv", NOT_BY_ROW[0])),
+    **dict.fromkeys(("bart", "mbart"), Widths({"*encoder.layers": "encoder_ffn_dim", "*decoder.layers": "decoder_ffn_dim"})),
+}

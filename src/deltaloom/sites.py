@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from deltaloom.architectures import ATTENTION_ROLES, FAMILIES, MLP_ROLES, TENSOR_ROLES, Family, role_of, split_path
+from deltaloom.compact.face import affine_shape, is_affine
 from deltaloom.errors import TargetError, did_you_mean
 from deltaloom.stacks import Stack, as_matrices, as_stored, stacks_of
 
@@ -137,7 +137,7 @@ def head_paths(model: nn.Module) -> list[str]:
     paths = []
     output = output_layer(model)
     for path, module in model.named_modules():
-        if not _is_affine(module):
+        if not is_affine(module):
             continue
         inside = backbone is not None and path.startswith(prefix + ".")
         if module is output or (backbone is not None and not inside):
@@ -158,14 +158,6 @@ def input_layer(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def affine_weight(module: nn.Module) -> Tensor:
-    """The weight of an affine layer or of embeddings as (d_out, d_in), whatever its orientation; a view where possible."""
-    weight = module.weight
-    if not isinstance(weight, Tensor):
-        raise TargetError(f"{type(module).__name__} has no dense weight")
-    return weight.T if isinstance(module, (Conv1D, nn.Embedding)) else weight
-
-
 def stack_matrices(site: Site, parameter: Tensor) -> Tensor:
     """The parameter of a stack as (slices, d_out, d_in); a view where possible."""
     return as_matrices(_stack(site), parameter)
@@ -180,10 +172,6 @@ def _stack(site: Site) -> Stack:
     return Stack(site.tensor, site.slices, site.d_out, site.d_in, site.transposed)
 
 
-def _is_affine(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return type(module).__name__.endswith("Norm") and isinstance(weight, Tensor) and weight.ndim == 1
@@ -191,8 +179,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _module_sites(model: nn.Module, family: Family | None, heads: list[str], path: str, module: nn.Module) -> list[Site]:
     stack, layer, rest = split_path(path)
-    if _is_affine(module):
-        d_out, d_in = affine_weight(module).shape
+    if is_affine(module):
+        d_out, d_in = affine_shape(module)
         role = "head" if path in heads else _role(family, path)
         site = Site(path, "linear", role, d_in, d_out, layer, stack, has_bias=module.bias is not None)
         return [site, *_parts(model, family, site)]
@@ -236,7 +224,7 @@ def _role(family: Family | None, path: str) -> str:
 def _is_attention(family: Family | None, rest: str, module: nn.Module) -> bool:
     if family is not None:
         return any(fnmatchcase(rest, pattern) for pattern in family.attention)
-    return type(module).__name__.endswith("Attention") and any(_is_affine(child) for child in module.children())
+    return type(module).__name__.endswith("Attention") and any(is_affine(child) for child in module.children())
 
 
 def _parts(model: nn.Module, family: Family | None, site: Site) -> list[Site]:

@@ -188,3 +188,60 @@ def test_conversions_are_saved_and_loaded_in_both_formats(tmp_path):
     write_peft(again, tmp_path / "peft")
     for loaded in (native.load(toy("llama"), tmp_path / "native"), put_back(toy("llama"), to_lora(again))):
         torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("error", [0.05, 0.3, 0.7])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_error_takes_the_fewest_ranks_that_keep_to_it(layout, error):
+    tuned = made(layout, [LoRA(rank=4)])
+    converted = to_lora(tuned, error=error)
+    state = converted.saved.state
+    missing = total = 0.0
+    kept = []
+    dropped = []
+    for site, delta in tuned.pairs():
+        change = delta.matrix().detach().double()
+        values = torch.linalg.svdvals(change)[:4]
+        up, down = state.get(f"0:{site.name}:up"), state.get(f"0:{site.name}:down")
+        rank = 0 if up is None else up.shape[1]
+        cut = torch.zeros_like(change) if rank == 0 else (up @ down).double()
+        assert float((change - cut).square().sum()) == pytest.approx(float(values[rank:].square().sum()), rel=1e-4, abs=1e-9)
+        kept += values[:rank].tolist()
+        dropped += values[rank:].tolist()
+        missing += float((change - cut).square().sum())
+        total += float(change.square().sum())
+    assert (missing / total) ** 0.5 <= error * (1 + 1e-5)
+    assert converted.relative_error == pytest.approx((missing / total) ** 0.5, rel=1e-3)
+    # fewest in all: the dropped are the smallest, and the next smallest would be too much
+    assert max(dropped, default=0) <= min(kept) and missing + min(kept) ** 2 > error ** 2 * total
+    again = put_back(tuned.detach(), converted)
+    assert logits(again, layout).isfinite().all()
+
+
+def test_an_error_and_a_rank_exclude_one_another_and_exact_ranks_are_found():
+    tuned = made("llama", [LoRA(rank=4, targets="q")])
+    for options in ({"error": 0.1, "rank": 2}, {"error": 0.0}, {"error": 1.0}, {"error": float("nan")}):
+        with pytest.raises(SettingsError, match="share"):
+            to_lora(tuned, **options)
+    with torch.no_grad():
+        for _, delta in tuned.pairs():
+            delta.up[:, 1:] = 0
+    assert {tensor.shape[0] for key, tensor in to_lora(tuned, error=1e-6).saved.state.items() if key.endswith("down")} == {1}
+    assert len(to_lora(tuned, error=0.999999).saved.state) == 2  # one layer, one rank
+
+
+def test_truncation_forms_no_dense_matrix():
+    tuned = made("llama", [LoRA(rank=2, targets="embed")])
+    shapes = []
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made_now = out if isinstance(out, tuple) else (out,)
+            shapes.extend(tuple(each.shape) for each in made_now if isinstance(each, torch.Tensor))
+            return out
+
+    with Watch():
+        to_lora(tuned, error=0.5)
+    assert (64, 16) not in shapes and (16, 64) not in shapes and shapes

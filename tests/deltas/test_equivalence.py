@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltaloom.compact.face import affine_weight
 from deltaloom.deltas.bitfit import BitFit
 from deltaloom.deltas.full import Full
 from deltaloom.deltas.lora import LoRA
 from deltaloom.deltas.norms import Norms
-from deltaloom.sites import affine_weight
 from deltaloom.tuned import Tuned, attach
 from tests.toys import toy, toy_batch
 

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from deltaloom.checkpoint.peft import load_any
+from deltaloom.compact.face import affine_shape, own_tensors, stores_transposed
 from deltaloom.deltas._ranked import exceptions
 from deltaloom.deltas.base import Delta, LowRankDelta
 from deltaloom.deltas.lora import LoRA
 from deltaloom.errors import RefusedError, SettingsError
-from deltaloom.sites import Site, affine_weight
+from deltaloom.linalg.matrix import product_directions
+from deltaloom.sites import Site
 from deltaloom.tuned import Attached, SavedDelta, SavedMethod, Tuned, restore
 from deltaloom.tuned.adapted import Adapted, wrappers
 from deltaloom.tuned.merging import exact_tensors, refuse_unfoldable
@@ -44,19 +45,24 @@ class _Pair:
     up: Tensor
 
 
-def to_lora(tuned: Tuned, name: str | None = None, rank: int | None = None) -> Converted:
+def to_lora(tuned: Tuned, name: str | None = None, rank: int | None = None, error: float | None = None) -> Converted:
     """A lane as one plain low-rank delta, with its heads as they are.
 
     Low-rank deltas keep their ranks and lose nothing; any other affine change of a weight gets the rank that it has, by its
-    singular values. `rank` truncates every layer to it.
+    singular values. `rank` truncates every layer to it; `error` (0 to 1) leaves the fewest ranks in all with which the norm of
+    what is missing is at most this share of the norm of the changes, and may leave a layer none.
 
     Raises:
         RefusedError: a delta is not an affine change, or changes more than weights of affine layers and embeddings.
+        SettingsError: a rank and an error, or an error that is no share.
     """
+    if error is not None and (rank is not None or not 0 < error < 1):
+        raise SettingsError("an error to truncate to is a share, and takes the place of a rank",
+                            got=f"error {error}" + (f" and rank {rank}" if rank is not None else ""), legal="between 0 and 1")
     if tuned.merged is not None:
         raise RefusedError("a delta is merged into the weights", got=tuned.merged, hint="Call `tuned.unmerge()` first.")
     heads = [attached for attached in tuned.attached(name) if _is_kept(attached)]
-    return _truncated(_pairs(tuned, name or tuned.name, heads), rank, _head_parts(heads))
+    return _truncated(_pairs(tuned, name or tuned.name, heads), rank, error, _head_parts(heads))
 
 
 def combine(tuned: Tuned, weights: Mapping[str, float], rank: int | None = None) -> Converted:
@@ -79,7 +85,7 @@ def combine(tuned: Tuned, weights: Mapping[str, float], rank: int | None = None)
             found.setdefault(path, []).append(_Pair(pair.down, pair.up * weight))
     pairs = {path: _Pair(torch.cat([pair.down for pair in several]), torch.cat([pair.up for pair in several], 1))
              for path, several in found.items()}
-    return _truncated(pairs, rank, _summed_heads(tuned, heads, weights))
+    return _truncated(pairs, rank, None, _summed_heads(tuned, heads, weights))
 
 
 def combine_folders(model: nn.Module, folders: Sequence[Path], weights: Sequence[float], rank: int | None = None) -> Converted:
@@ -142,7 +148,7 @@ def _pairs(tuned: Tuned, lane: str, heads: Sequence[Attached]) -> dict[str, _Pai
 def _thin_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]]) -> _Pair | None:
     """The factors of low-rank deltas, side by side; None if there are others."""
     downs, ups = [], []
-    d_out = affine_weight(wrapper.base).shape[0] if all(isinstance(delta, LowRankDelta) for _, delta in items) else 0
+    d_out = affine_shape(wrapper.base)[0] if all(isinstance(delta, LowRankDelta) for _, delta in items) else 0
     for site, delta in items:
         if not isinstance(delta, LowRankDelta):
             return None
@@ -155,7 +161,7 @@ def _thin_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]]) -> _Pair |
 
 def _dense_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]], whole: bool) -> _Pair:
     """The change of a layer's weight by its singular values, all of them that are more than rounding."""
-    path, own = wrapper.path, dict(wrapper.base.named_parameters(recurse=False))
+    path, own = wrapper.path, own_tensors(wrapper.base)
     exact = exact_tensors(wrapper, items)
     others = [key for key, tensor in exact.items() if key != "weight" and (key not in own or not torch.equal(
         tensor.double(), own[key].detach().double()))]
@@ -163,7 +169,7 @@ def _dense_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]], whole: bo
         reason = f"the {', '.join(others)} of a layer" if others else "a norm" if whole else "a layer that is replaced as well"
         raise RefusedError(f"a low-rank delta cannot change {reason}", got=path, hint="Keep the native format, or merge.")
     change = exact.get("weight", own["weight"]).double() - own["weight"].detach().double()
-    change = change.T if isinstance(wrapper.base, Conv1D | nn.Embedding) else change
+    change = change.T if stores_transposed(wrapper.base) else change
     u, s, v = torch.linalg.svd(change, full_matrices=False)
     rank = max(1, int((s > NEGLIGIBLE * s[0]).sum()))
     root = s[:rank].sqrt()
@@ -171,25 +177,19 @@ def _dense_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]], whole: bo
 
 
 @torch.no_grad()
-def _truncated(pairs: Mapping[str, _Pair], rank: int | None, heads: Iterable[tuple[SavedMethod, dict[str, Tensor]]]) -> Converted:
-    """One low-rank method with these factors (scale 1), cut to a rank, and the heads behind it."""
-    missing = total = 0.0
+def _truncated(pairs: Mapping[str, _Pair], rank: int | None, error: float | None,
+               heads: Iterable[tuple[SavedMethod, dict[str, Tensor]]]) -> Converted:
+    """One low-rank method with these factors (scale 1), cut to a rank or an error, and the heads behind it."""
     some = {path: pair for path, pair in pairs.items() if len(pair.down)}  # adaptive ranks leave some layers nothing
     pairs = some or {path: _Pair(pair.down.new_zeros(1, pair.down.shape[1]), pair.up.new_zeros(len(pair.up), 1))
                      for path, pair in pairs.items()}
-    kept: dict[str, _Pair] = {}
-    for path, pair in pairs.items():
-        if rank is None or pair.down.shape[0] <= rank:
-            kept[path] = pair
-            total += float(((pair.up.double().T @ pair.up.double()) * (pair.down.double() @ pair.down.double().T)).sum())
-            continue
-        left, upper = torch.linalg.qr(pair.up.double())
-        right, lower = torch.linalg.qr(pair.down.double().T)
-        u, s, v = torch.linalg.svd(upper @ lower.T)
-        root = s[:rank].sqrt()
-        kept[path] = _Pair((root[:, None] * v[:rank] @ right.T).float(), (left @ u[:, :rank] * root).float())
-        missing += float(s[rank:].square().sum())
-        total += float(s.square().sum())
+    values = {path: product_directions(pair.up, pair.down)[1] for path, pair in pairs.items()}
+    wanted = {path: len(pair.down) if rank is None else min(rank, len(pair.down)) for path, pair in pairs.items()}
+    if error is not None:
+        wanted = ranks_within(values, error)
+    kept = {path: _cut(pair, wanted[path]) for path, pair in pairs.items() if wanted[path]}
+    total = sum(float(each.square().sum()) for each in values.values())
+    missing = sum(float(each[wanted[path]:].square().sum()) for path, each in values.items())
     ranks = {path: pair.down.shape[0] for path, pair in kept.items()}
     common, patterns = exceptions(ranks)
     method = LoRA(rank=int(common), alpha=common, rank_pattern=patterns, alpha_pattern=patterns, targets=tuple(kept))
@@ -200,6 +200,31 @@ def _truncated(pairs: Mapping[str, _Pair], rank: int | None, heads: Iterable[tup
         state |= {f"{len(methods)}:{key}": tensor for key, tensor in tensors.items()}
         methods.append(part)
     return Converted(SavedDelta(tuple(methods), state), (missing / total) ** 0.5 if total > 0 else 0.0)
+
+
+def ranks_within(values: Mapping[str, Tensor], error: float) -> dict[str, int]:
+    """The fewest ranks in all whose relative error is at most `error`, from each layer's singular values (descending).
+
+    The smallest singular values of all layers go, as long as the root of the sum of their squares allows it.
+    """
+    places = [(float(value), path) for path, each in values.items() for value in each]
+    left = error ** 2 * sum(value ** 2 for value, _ in places)
+    ranks = {path: len(each) for path, each in values.items()}
+    for value, path in sorted(places):
+        left -= value ** 2
+        if left < 0 or sum(ranks.values()) == 1:  # a delta of nothing at all is no delta
+            break
+        ranks[path] -= 1
+    return ranks
+
+
+def _cut(pair: _Pair, rank: int) -> _Pair:
+    """The best approximation of that rank; the very factors where they have no more."""
+    if len(pair.down) <= rank:
+        return pair
+    u, s, v = product_directions(pair.up, pair.down)
+    root = s[:rank].sqrt()
+    return _Pair((root[:, None] * v[:, :rank].T).float(), (u[:, :rank] * root).float())
 
 
 # ---- heads --------------------------------------------------------------------------------------------------------------

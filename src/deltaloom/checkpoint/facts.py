@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaloom.checkpoint.record import SharedFacts, SiteFacts
+from deltaloom.compact.face import affine_weight, own_types
 from deltaloom.deltas.base import Delta, InputDelta, LowRankDelta, PrefixDelta
 from deltaloom.errors import RefusedError
-from deltaloom.sites import Site, affine_weight
+from deltaloom.sites import Site
 from deltaloom.tuned import Tuned
 from deltaloom.tuned.adapted import Adapted
 from deltaloom.tuned.replaced import adds
@@ -88,10 +89,10 @@ def _frozen_weight(tuned: Tuned, site: Site) -> Tensor | None:
     """The rows of a site's frozen weight as (d_out, d_in) in float32, or a norm's (d,); None where there is no dense one."""
     layer = tuned.model.get_submodule(site.path)
     base = layer.base if isinstance(layer, Adapted) else layer
-    weight = dict(base.named_parameters(recurse=False)).get("weight")
-    if weight is None or not weight.is_floating_point() or weight.ndim > 2:
+    kind = own_types(base).get("weight")
+    if kind is None or not kind.is_floating_point or base.weight.ndim > 2:  # type: ignore[operator]
         return None
     if site.kind == "norm":
-        return weight.detach().float()
-    whole = affine_weight(base).detach().float()
+        return base.get_parameter("weight").detach().float()
+    whole = affine_weight(base, torch.float32).detach()
     return whole[slice(*site.part)] if site.part else whole

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from deltaloom.errors import RefusedError
 from deltaloom.files import atomic_folder
+from deltaloom.models.compact import apply_forms, quantisation_of
 from deltaloom.models.quiet import quiet_transformers
 
 
@@ -25,18 +26,28 @@ def save_merged(model: nn.Module, tokenizer: Any, folder: Path | str, dtype: tor
     Raises:
         RefusedError: the model cannot be stored as a plain one, with the tensors that would be lost or changed.
     """
+    with atomic_folder(Path(folder), replace=replace) as temporary:
+        write_model(model, tokenizer, temporary, dtype)
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def write_model(model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Write a model and its tokenizer into a folder that is not finished yet; gives back the model as it was loaded again.
+
+    Raises:
+        RefusedError: as `save_merged`.
+    """
     if not isinstance(model, PreTrainedModel):
         raise RefusedError("only a model of transformers can be saved as a plain one", got=type(model).__name__)
     state = _cast(model.state_dict(), dtype)
     _refuse_extra_biases(model)
-    with atomic_folder(Path(folder), replace=replace) as temporary, quiet_transformers():
-        model.save_pretrained(temporary, state_dict=dict(state))
+    with quiet_transformers():
+        model.save_pretrained(folder, state_dict=dict(state))
         if dtype is not None:
-            _set_dtype(temporary / "config.json", dtype)
+            _set_dtype(folder / "config.json", dtype)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        _compare(type(model), temporary, state)
-    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+            tokenizer.save_pretrained(folder)
+        return _compare(type(model), folder, state)
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -56,7 +67,11 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tens
 def _refuse_extra_biases(model: PreTrainedModel) -> None:
     """Biases that the class does not make from its configuration: it would leave them out when it loads."""
     with torch.device("meta"):
-        plain = set(type(model)(model.config).state_dict())
+        made = type(model)(model.config)
+    recorded = quantisation_of(model)
+    if recorded is not None:
+        apply_forms(made, recorded.layers)
+    plain = set(made.state_dict())
     extra = sorted(set(model.state_dict()) - plain)
     if extra:
         raise RefusedError("transformers' class has no place for tensors that merging made, and would leave them out",
@@ -69,9 +84,10 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _compare(cls: type[PreTrainedModel], folder: Path, expected: dict[str, Tensor]) -> None:
+def _compare(cls: type[PreTrainedModel], folder: Path, expected: dict[str, Tensor]) -> PreTrainedModel:
     loaded: Any = cls.from_pretrained(folder, dtype="auto", output_loading_info=True, local_files_only=True)
-    again, info = loaded
+    again: PreTrainedModel = loaded[0]
+    info = loaded[1]
     found = again.state_dict()
     problems = [f"{kind.replace('_keys', '')}: {key}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
                 for key in sorted(map(str, info[kind]))]
@@ -81,3 +97,4 @@ def _compare(cls: type[PreTrainedModel], folder: Path, expected: dict[str, Tenso
     if problems:
         raise RefusedError("transformers does not load this model as it is, so that it is not written", problems=problems[:20],
                            hint="Keep the delta next to the model.")
+    return again

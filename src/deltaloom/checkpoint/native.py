@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from deltaloom.checkpoint.record import (
 from deltaloom.deltas.base import method_from, method_record
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError
 from deltaloom.files import atomic_folder
+from deltaloom.models.compact import form_of
 from deltaloom.models.identity import fingerprint as fingerprint_of
 from deltaloom.settings import Settings, settings_error
 from deltaloom.tuned import SavedDelta, SavedMethod, Tuned, restore
@@ -57,6 +59,7 @@ def save(tuned: Tuned, folder: Path | str, name: str | None = None, *, base: Map
     facts = dict(base or {})
     with tuned.bare() as model:
         facts.setdefault("architecture", type(model).__name__)
+        facts.setdefault("quantised", form_of(model))
         if "fingerprint" not in facts:
             if tuned.merged is not None:
                 raise RefusedError("a delta is merged into the weights", got=tuned.merged, hint="Call `tuned.unmerge()` first.")
@@ -111,6 +114,9 @@ def load(model: nn.Module, folder: Path | str, name: str = "default", *, fingerp
     saved, record = read(Path(folder))
     if strict:
         check_base(model, record.base, fingerprint)
+    note = base_note(model, record.base)
+    if note:
+        warnings.warn(note, stacklevel=2)
     return restore(model, saved, name)
 
 
@@ -169,6 +175,19 @@ def check_base(model: nn.Module, base: BaseRecord, fingerprint: str | None = Non
         source = f" ({base.source})" if base.source else ""
         raise CheckpointError(f"the delta belongs to another base{source}", got=f"fingerprint {fingerprint} of this model",
                               legal=f"fingerprint {base.fingerprint}", hint="Load the base that it was trained on.")
+
+
+def base_note(model: nn.Module, base: BaseRecord) -> str | None:
+    """What a user should know where a delta's base is the model, but was stored in another form; None: it is the same form.
+
+    The fingerprint is that of the dense weights, so that a delta trained on the quantised base fits the dense one and the other
+    way round: what it was trained to correct is then not quite what it meets.
+    """
+    form = form_of(model)
+    if form == base.quantised:
+        return None
+    return (f"the delta was trained on the base stored as {base.quantised or 'dense weights'}, this model is stored as "
+            f"{form or 'dense weights'}: its outputs will differ somewhat from those of the training")
 
 
 def _method(part: MethodRecord, index: int, elements: int) -> SavedMethod:

@@ -35,7 +35,8 @@ class BaseRecord(_Part):
     architecture: str | None = None
     task: str | None = None
     labels: list[str] | None = None
-    quantised: str | None = None
+    quantised: str | None = None     # how its linears were stored: a codec's name, or "compact"; None: dense
+    quantise: str | None = None      # the codec that they were quantised with when the base was loaded
 
 
 class MethodRecord(_Part):

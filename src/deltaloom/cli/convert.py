@@ -15,6 +15,8 @@ def convert(
     to: Annotated[str, typer.Option("--to", help="peft, lora (a plain low-rank delta) or native.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must be new or empty.")],
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Truncate to this rank; the error is printed.")] = None,
+    error: Annotated[float | None, typer.Option("--error", help="Truncate to the fewest ranks with at most this relative "
+                                                "error, such as 0.1.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="The base, if it is not where the delta says.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -25,4 +27,4 @@ def convert(
     """
     from deltaloom.jobs.convert import convert as job
 
-    give(job(delta, to, output, rank=rank, model=model, say=say), as_json)
+    give(job(delta, to, output, rank=rank, error=error, model=model, say=say), as_json)

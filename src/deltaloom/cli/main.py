@@ -16,6 +16,7 @@ from deltaloom.cli import (
     chat,
     combine,
     compare,
+    compress,
     convert,
     doctor,
     evaluate,
@@ -57,6 +58,7 @@ app.command("inspect")(inspect.inspect)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.command("combine")(combine.combine)
+app.command("compress", context_settings=compress.CONTEXT)(compress.compress)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("methods")(methods.methods)

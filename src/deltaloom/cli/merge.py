@@ -15,6 +15,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must be new or empty.")],
     dtype: Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; default: as the base is stored.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="The base, if it is not where the delta says.")] = None,
+    requantise: Annotated[bool, typer.Option("--requantise", help="Keep a quantised base quantised; default: dense.")] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -24,4 +25,4 @@ def merge(
     """
     from deltaloom.jobs.merge import merge as job
 
-    give(job(source, output, dtype=dtype, model=model, say=say), as_json)
+    give(job(source, output, dtype=dtype, model=model, requantise=requantise, say=say), as_json)

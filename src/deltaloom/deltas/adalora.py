@@ -22,9 +22,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from deltaloom.allocation import Schedule
+from deltaloom.compact.face import is_conv1d
 from deltaloom.deltas._adaptive import AdaptiveMethod, Policy, Pool, RankController
 from deltaloom.deltas._orthogonality import sum_of_penalties
 from deltaloom.deltas._peft import PEFT_COMMON, by_suffix, peft_targets, refuse_fields, whole_sites
@@ -146,7 +146,7 @@ class AdaLoRA(AdaptiveMethod):
             values = {"down": triplets.down[stays], "core": triplets.core[stays], "up": triplets.up[stays].T}
             tensors |= {site.path + SUFFIXES[key]: tensor.detach().contiguous() for key, tensor in values.items()}
             pattern[site.path + SUFFIXES["core"]] = [index < len(stays) for index in range(self.initial_rank())]
-        conv = all(isinstance(model.get_submodule(site.path), Conv1D) for site in attachment.deltas)
+        conv = all(is_conv1d(model.get_submodule(site.path)) for site in attachment.deltas)
         config = {"peft_type": PEFT_TYPE, "target_r": max(1, round(self.rank)), "init_r": self.initial_rank(), "bias": "none",
                   "lora_alpha": self.alpha, "lora_dropout": self.dropout, "fan_in_fan_out": conv, "beta1": self.beta1,
                   "beta2": self.beta2, "orth_reg_weight": self.orthogonality, "tinit": 0, "tfinal": 0, "total_step": 1,

@@ -18,11 +18,12 @@ import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
+from deltaloom.compact.face import affine_weight
 from deltaloom.errors import RefusedError, SettingsError, did_you_mean
 from deltaloom.events import Emitter
 from deltaloom.registry import class_named, names_in
 from deltaloom.settings import Settings
-from deltaloom.sites import Kind, Site, affine_weight, find_sites, stack_matrices
+from deltaloom.sites import Kind, Site, find_sites, stack_matrices
 
 
 class Delta(nn.Module, ABC):
@@ -144,7 +145,7 @@ class AttachContext:
         layer = self.layer(site)
         if site.kind == "stack":
             return stack_matrices(site, layer.get_parameter(site.tensor).detach().float())
-        weight = affine_weight(layer).detach().float()
+        weight = affine_weight(layer, torch.float32).detach()
         return weight[slice(*site.part)] if site.part else weight
 
 

@@ -16,13 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
+from deltaloom.compact.face import affine_weight, is_conv1d
 from deltaloom.deltas._peft import by_suffix, peft_targets, whole_sites
 from deltaloom.deltas._ranked import PEFT_TYPE, RankedMethod, check_peft_ranks, read_peft_settings, write_peft_config
 from deltaloom.deltas.base import AttachContext, Attachment, Delta, PeftPart, PeftReading
 from deltaloom.errors import CheckpointError, RefusedError
-from deltaloom.sites import Site, affine_weight
+from deltaloom.sites import Site
 
 SMALLEST = 1e-12  # of a norm, so that a row of zeros divides by something
 NAMES = {"down": (".lora_A.weight",), "up": (".lora_B.weight",),
@@ -91,8 +91,7 @@ class DoRA(RankedMethod):
     name: ClassVar[str] = "dora"
     peft_types: ClassVar[tuple[str, ...]] = (PEFT_TYPE,)
     asked_as: ClassVar[Mapping[str, str]] = {
-        "qdora": "That is a combination: quantise the base and use dora. Quantised bases come in a later version; dora works "
-                 "on the base as it is."}
+        "qdora": "That is a combination: write base: {quantise: nf4} and deltas: [{method: dora}] in the run file."}
 
     def attach(self, sites: Sequence[Site], context: AttachContext) -> Attachment:
         """One magnitude and one pair for each site."""
@@ -114,7 +113,7 @@ class DoRA(RankedMethod):
             if isinstance(delta, DoraDelta):
                 ranks[site.path], scales[site.path] = delta.down.shape[0], delta.scale
                 tensors |= {site.path + names[0]: delta.get_parameter(key).detach() for key, names in NAMES.items()}
-        transposed = all(isinstance(model.get_submodule(path), Conv1D) for path in ranks)
+        transposed = all(is_conv1d(model.get_submodule(path)) for path in ranks)
         return PeftPart(write_peft_config(self, ranks, scales, transposed=transposed, dora=True), tensors)
 
     @classmethod

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from deltaloom.compact.face import compact_layers, own_tensors, stores_transposed
 from deltaloom.deltas._peft import modules_ending, whole_sites
 from deltaloom.deltas.base import AttachContext, Attachment, Delta, Method, PeftPart, PeftReading, master_copy
 from deltaloom.errors import CheckpointError, RefusedError, TargetError
@@ -68,20 +68,22 @@ class Full(Method):
         if parts:
             raise TargetError("a part of a fused layer cannot be replaced on its own", got=parts[0],
                               hint="Name the whole layer.", problems=parts)
-        copies: dict[int, nn.Parameter] = {}
+        copies: dict[object, nn.Parameter] = {}
         deltas: dict[Site, Delta] = {}
         idle = []
         for site in sites:
             layer = context.layer(site)
-            tensors = {name: tensor for name, tensor in layer.named_parameters(recurse=False)
+            tensors = {name: tensor for name, tensor in own_tensors(layer).items()
                        if tensor.is_floating_point() and f"{site.path}.{name}" not in context.fixed}
             if not tensors:
                 idle.append(site.name)
                 continue
-            for tensor in tensors.values():
-                copies.setdefault(id(tensor), master_copy(tensor))
-            own = {name: copies[id(tensor)] for name, tensor in tensors.items()}
-            deltas[site] = FullDelta(own, isinstance(layer, (Conv1D, nn.Embedding)))
+            # a tensor that was decoded for this is nobody else's; only parameters are shared
+            keys = {name: id(tensor) if isinstance(tensor, nn.Parameter) else (site.path, name)
+                    for name, tensor in tensors.items()}
+            for name, tensor in tensors.items():
+                copies.setdefault(keys[name], master_copy(tensor))
+            deltas[site] = FullDelta({name: copies[key] for name, key in keys.items()}, stores_transposed(layer))
         if not deltas or (idle and self.targets != "all"):
             raise TargetError("these layers have no tensor that can train", got=len(idle), problems=idle)
         return Attachment(deltas)
@@ -96,19 +98,22 @@ class Full(Method):
     def from_peft(cls, adapter: PeftPart, model: nn.Module) -> PeftReading | None:
         """PEFT's modules_to_save; layers that are as the model has them (PEFT saves heads in any case) need no delta."""
         roots = modules_ending(model, adapter.config.get(PEFT_FIELD))
-        own = model.state_dict(keep_vars=True)
+        own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        buffers = dict(model.named_buffers())
+        own |= {f"{path}.weight": own_tensors(layer)["weight"] for path, layer in compact_layers(model).items()
+                if any(f"{path}.".startswith(f"{root}.") for root in roots)}
         names = [name for name in adapter.tensors if any(name.startswith(f"{root}.") for root in roots)]
         wrong = [f"{name} {tuple(adapter.tensors[name].shape)}" for name in names
                  if name not in own or own[name].shape != adapter.tensors[name].shape]
         if wrong:
             raise CheckpointError("saved modules of the adapter do not fit this model", problems=wrong[:20])
         changed = {name for name in names if not own[name].detach().cpu().equal(adapter.tensors[name].to(own[name].dtype))}
-        fixed = sorted(name for name in changed if not isinstance(own[name], nn.Parameter))
+        fixed = sorted(name for name in changed if name in buffers)
         if fixed:
             raise RefusedError("the adapter changes buffers of the model, which no delta does", problems=fixed[:20])
         paths = {name.rpartition(".")[0]: name for name in changed}
         sites = whole_sites(model, cls, [path for path, _ in model.named_modules() if path in paths])
         state = {site.name: {key: adapter.tensors[f"{path}.{key}"]
-                             for key, _ in model.get_submodule(path).named_parameters(recurse=False)
+                             for key, _ in own_tensors(model.get_submodule(path)).items()
                              if f"{path}.{key}" in adapter.tensors} for path, site in sites.items()}
         return PeftReading(cls(targets=tuple(sites) or "all"), state, frozenset(names))

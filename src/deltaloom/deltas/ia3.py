@@ -14,12 +14,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from deltaloom.compact.face import affine_shape, is_conv1d
 from deltaloom.deltas._peft import PEFT_COMMON, by_suffix, peft_targets, refuse_fields, whole_sites
 from deltaloom.deltas.base import AttachContext, Attachment, Delta, Method, PeftPart, PeftReading
 from deltaloom.errors import CheckpointError, RefusedError, TargetError
-from deltaloom.sites import Kind, Site, affine_weight
+from deltaloom.sites import Kind, Site
 
 PEFT_TYPE = "IA3"
 PEFT_NAME = ".ia3_l"  # (d_out, 1), or (1, d_in) where the input is scaled
@@ -91,11 +91,11 @@ class IA3(Method):
             elif site.part is None:
                 tensors[name] = vector[:, None]
             else:
-                whole = tensors.setdefault(name, torch.ones(affine_weight(model.get_submodule(site.path)).shape[0], 1))
+                whole = tensors.setdefault(name, torch.ones(affine_shape(model.get_submodule(site.path))[0], 1))
                 whole[slice(*site.part), 0] = vector
         paths = [name.removesuffix(PEFT_NAME) for name in tensors]
         config = {"peft_type": PEFT_TYPE, "target_modules": paths, "feedforward_modules": feedforward, "init_ia3_weights": True,
-                  "fan_in_fan_out": all(isinstance(model.get_submodule(path), Conv1D) for path in paths)}
+                  "fan_in_fan_out": all(is_conv1d(model.get_submodule(path)) for path in paths)}
         return PeftPart(config, tensors)
 
     @classmethod

@@ -19,13 +19,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
+from deltaloom.compact.face import affine_shape, is_conv1d
 from deltaloom.deltas._peft import by_suffix, peft_targets, whole_sites
 from deltaloom.deltas._ranked import PEFT_TYPE, RankedMethod, check_peft_ranks, read_peft_settings, write_peft_config
 from deltaloom.deltas.base import AttachContext, Attachment, LowRankDelta, PeftPart, PeftReading
 from deltaloom.errors import CheckpointError, RefusedError
-from deltaloom.sites import Kind, Site, affine_weight
+from deltaloom.sites import Kind, Site
 
 A_NAMES = (".lora_A.weight", ".lora_embedding_A")
 B_NAMES = (".lora_B.weight", ".lora_embedding_B")
@@ -87,8 +87,8 @@ class LoRA(RankedMethod):
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding")
     peft_types: ClassVar[tuple[str, ...]] = (PEFT_TYPE,)
     asked_as: ClassVar[Mapping[str, str]] = {
-        "qlora": "That is a combination: quantise the base and use lora. Quantised bases come in a later version; lora works "
-                 "on the base as it is.",
+        "qlora": "That is a combination: quantise the base and use lora: write base: {quantise: nf4} and deltas: "
+                 "[{method: lora}] in the run file.",
         "rslora": "Write: {method: lora, rslora: true}.",
         "pissa": "Write: {method: lora, init: pissa}."}
 
@@ -128,7 +128,7 @@ class LoRA(RankedMethod):
             down, _, up = (factor.detach() for factor in delta.factors())
             if site.part is not None:
                 start, stop = site.part
-                width = affine_weight(model.get_submodule(site.path)).shape[0]
+                width = affine_shape(model.get_submodule(site.path))[0]
                 up = functional.pad(up, (0, 0, start, width - stop))
             pairs.setdefault(site.path, []).append((down, up, scales[site]))
             kinds[site.path] = site.kind
@@ -140,7 +140,7 @@ class LoRA(RankedMethod):
             tensors[path + B_NAMES[embedding]] = torch.cat([up * (scale / common) for _, up, scale in found], 1)
         ranks = {path: sum(down.shape[0] for down, _, _ in found) for path, found in pairs.items()}
         config = write_peft_config(self, ranks, {path: found[0][2] for path, found in pairs.items()}, dora=False,
-                                   transposed=all(isinstance(model.get_submodule(path), Conv1D) for path in ranks))
+                                   transposed=all(is_conv1d(model.get_submodule(path)) for path in ranks))
         return PeftPart(config, tensors)
 
     @classmethod

@@ -17,9 +17,9 @@ from deltaloom.report.text import figure
 FORMATS = ("peft", "lora", "native")
 
 
-def convert(source: str, to: str, output: Path, *, rank: int | None = None, model: str | None = None,
-            say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Write the delta in another format; `rank` truncates, and the relative error of the changes is given back.
+def convert(source: str, to: str, output: Path, *, rank: int | None = None, error: float | None = None,
+            model: str | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Write the delta in another format; `rank` or `error` truncates, and the relative error of the changes is given back.
 
     Raises:
         SettingsError: unknown format. RefusedError: the format cannot hold the delta, or the folder is not empty.
@@ -32,17 +32,17 @@ def convert(source: str, to: str, output: Path, *, rank: int | None = None, mode
     tuned = opened.tuned
     if tuned is None:
         raise RefusedError("there is no delta to convert", got=source)
-    error = 0.0
-    if to == FORMATS[1] or rank is not None:
-        converted = to_lora(tuned, rank=rank)
-        error = converted.relative_error
+    missing = 0.0
+    if to == FORMATS[1] or rank is not None or error is not None:
+        converted = to_lora(tuned, rank=rank, error=error)
+        missing = converted.relative_error
         tuned = put_back(tuned.detach(), converted)
     if to == "peft":
         write_peft(tuned, output, source=opened.loaded.source)
     else:
         native.save(tuned, output, base=base_facts(opened))
-    say(f"Wrote {output}; relative error {figure(error)}")
-    return {"relative_error": error, "path": str(output)}
+    say(f"Wrote {output}; relative error {figure(missing)}")
+    return {"relative_error": missing, "path": str(output)}
 
 
 def base_facts(opened: Opened) -> dict[str, Any]:

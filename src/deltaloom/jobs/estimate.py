@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from deltaloom.compact.face import compact_layers
 from deltaloom.sites import Site, all_sites
 
 ADAM_BYTES = 16        # fp32 master, gradient and two moments of each trained number
@@ -53,6 +54,7 @@ def cost(model: nn.Module, *, dtype: torch.dtype, delta_parameters: int, tokens:
     sites = all_sites(model)
     flops = flops_per_token(sites, delta_parameters, label_share)
     memory = ADAM_BYTES * delta_parameters + micro_tokens * activation_bytes(sites, dtype, checkpointing)
+    memory += max((layer.elements() * dtype.itemsize for layer in compact_layers(model).values()), default=0)  # one is decoded
     seconds = flops * tokens / (matmul_rate(dtype) * REACHED_SHARE)
     return Cost(flops, memory, seconds)
 

@@ -6,25 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltaloom.checkpoint.merged import save_merged
 from deltaloom.errors import RefusedError
 from deltaloom.files import check_new
 from deltaloom.jobs.opening import AS_STORED, Opened, dtype_named, needs_delta, open_source
+from deltaloom.jobs.probe import probe
+from deltaloom.models.compact import form_of, settle_forms
 from deltaloom.report.text import byte_size, figure
 from deltaloom.tuned.merging import logits_error
 from deltaloom.tuned.merging import merge as fold
 
-PROBE_ROWS, PROBE_TOKENS = 2, 16
 
-
-def merge(source: str, output: Path, *, dtype: str | None = None, model: str | None = None,
+def merge(source: str, output: Path, *, dtype: str | None = None, model: str | None = None, requantise: bool = False,
           say: Callable[[str], None] = print) -> dict[str, Any]:
     """Write the merged model; gives back the rounding error of the weights and the error of the logits on random inputs.
 
+    Of a quantised base the model written is dense; with `requantise` its layers are stored as they were, and the error is that
+    of quantising the changed weights again.
+
     Raises:
-        RefusedError: a delta cannot be folded, with the reason, or the output folder is not empty.
+        RefusedError: a delta cannot be folded, with the reason; the output folder is not empty; nothing is there to requantise.
     """
     stored = dtype_named(dtype)
     check_new(output)
@@ -33,11 +34,13 @@ def merge(source: str, output: Path, *, dtype: str | None = None, model: str | N
     tuned = opened.tuned
     if tuned is None:
         raise RefusedError("there is no delta to merge", got=source)
-    facts = fold(tuned)
-    error = logits_error(tuned, _probe(opened))
+    _check_requantise(opened, requantise, dtype)
+    facts = fold(tuned, requantise=requantise)
+    error = logits_error(tuned, probe(opened.loaded))
     for note in facts.notes:
         say(f"note: {note}")
     with tuned.bare() as plain:
+        settle_forms(plain, keep=requantise)
         size = save_merged(plain, opened.loaded.tokenizer or opened.loaded.processor, output, stored)
     say(f"Merged model: {output} ({byte_size(size)})")
     say(f"Largest error of a weight {figure(facts.max_error)}, relative {figure(facts.relative_error)}; "
@@ -46,13 +49,9 @@ def merge(source: str, output: Path, *, dtype: str | None = None, model: str | N
             "path": str(output), "bytes": size, "notes": list(facts.notes)}
 
 
-def _probe(opened: Opened) -> dict[str, torch.Tensor]:
-    """Random inputs of the model's kind, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    config = opened.loaded.model.config
-    if opened.loaded.processor is not None:
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        shape = (PROBE_ROWS, getattr(config, "num_channels", 3), size, size)
-        return {"pixel_values": torch.randn(shape, generator=generator).to(opened.loaded.model.dtype)}
-    ids = torch.randint(3, config.get_text_config().vocab_size, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
-    return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}
+def _check_requantise(opened: Opened, requantise: bool, dtype: str | None) -> None:
+    if requantise and form_of(opened.loaded.model) is None:
+        raise RefusedError("the base is dense, so that there is nothing to requantise", got=opened.loaded.source,
+                           hint="Leave --requantise out, or quantise the merged model.")
+    if requantise and dtype is not None:
+        raise RefusedError("a model that is quantised again keeps the types that it has", got=f"--dtype {dtype}")

@@ -91,7 +91,8 @@ def open_source(source: str, *, delta: Path | None = None, task: str | None = No
     if dtype == "auto" and run.get("train", {}).get("precision") in DTYPES:
         dtype = run["train"]["precision"]  # as in training, so that the numbers are those of the run
     number = None if dtype == AS_STORED else chosen_precision(dtype)[1]
-    loaded = load_model(base, task=name, labels=labels, dtype=number)
+    codec = record.base.quantise if record is not None else None
+    loaded = load_model(base, task=name, labels=labels, dtype=number, quantise=codec)
     _fast_attention(loaded)
     tuned = None
     if folder is not None:

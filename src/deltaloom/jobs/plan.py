@@ -42,10 +42,12 @@ def plan(run: Run, *, say: Say = print) -> dict[str, Any]:
         say(f"warning ({kind}): {message}")
     _tell(prepared, tuned, table, model_parameters, say)
     delta_bytes = BYTES * (deltas + heads)
+    say(f"Model: {byte_size(prepared.model_bytes)}")
     say(f"Delta: {byte_size(delta_bytes)}; training: about {byte_size(found.memory_bytes)} besides the model, "
         f"about {duration(found.seconds)} for {count(tokens)} tokens (estimates)")
     return finite({"sites": table, "trainable_parameters": deltas, "head_parameters": heads, "total_parameters": model_parameters,
-                   "delta_bytes": delta_bytes, "flops_per_token": found.flops_per_token, "memory_bytes": found.memory_bytes,
+                   "delta_bytes": delta_bytes, "model_bytes": prepared.model_bytes,
+                   "flops_per_token": found.flops_per_token, "memory_bytes": found.memory_bytes,
                    "seconds": found.seconds, "tokens": tokens, "data": prepared.facts,
                    "warnings": [message for _, message in prepared.notes]})
 

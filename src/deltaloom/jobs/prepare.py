@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from deltaloom import attention
+from deltaloom.checkpoint.native import base_note
 from deltaloom.checkpoint.record import DeltaRecord
+from deltaloom.compact.face import model_bytes, parameter_count
 from deltaloom.data.encode import Example
 from deltaloom.data.facts import data_facts, overlap
 from deltaloom.data.labels import LabelMap
@@ -26,6 +28,8 @@ from deltaloom.errors import RefusedError, SettingsError
 from deltaloom.evaluate.base import Task, task_named, task_names
 from deltaloom.jobs.runfile import Run
 from deltaloom.models import LoadedModel, auto_precision, load_model
+from deltaloom.models.compact import form_of
+from deltaloom.models.settings import BaseSettings
 from deltaloom.sites import head_paths
 from deltaloom.train.settings import TrainSettings
 
@@ -41,6 +45,7 @@ class Parts:
     data: DataSettings
     methods: tuple[Method, ...]
     train: TrainSettings
+    base: BaseSettings
     continued: Path | None  # the delta that training goes on from
 
 
@@ -57,7 +62,8 @@ class Prepared:
     held: list[Example]
     facts: dict[str, Any]
     precision: str
-    model_parameters: int  # of the loaded model, before anything is attached
+    model_parameters: int  # of the loaded model, before anything is attached; of a quantised one as if it were dense
+    model_bytes: int  # that these take
     notes: list[tuple[str, str]] = field(default_factory=list)  # (kind, message) of warnings
 
     @property
@@ -78,16 +84,17 @@ def parse_parts(run: Run) -> Parts:
     task = task_named(file.task)
     data = DataSettings.parse(file.data, "data")
     train = TrainSettings.parse(file.train, "train")
+    base = BaseSettings.parse(file.base, "base")
     entries = [dict(entry) for entry in file.deltas]
     if not entries:
         raise SettingsError("deltas names no method", hint="`deltaloom methods` lists them; write: deltas: [{method: NAME}]")
     if not any("from" in entry for entry in entries):
         methods = tuple(method_from(entry, f"deltas.{index}") for index, entry in enumerate(entries))
-        return Parts(task, data, methods, train, None)
+        return Parts(task, data, methods, train, base, None)
     if len(entries) > 1 or set(entries[0]) != {"from"}:
         raise SettingsError("deltas: an entry with 'from' stands alone and takes no further settings", got=entries,
                             hint="Its methods are those of the delta that training goes on from.")
-    return Parts(task, data, (), train, located(str(entries[0]["from"]), run.base))
+    return Parts(task, data, (), train, base, located(str(entries[0]["from"]), run.base))
 
 
 def prepare(run: Run, parts: Parts, *, say: Say, record: DeltaRecord | None = None) -> Prepared:
@@ -107,8 +114,10 @@ def prepare(run: Run, parts: Parts, *, say: Say, record: DeltaRecord | None = No
     precision, dtype, why = chosen_precision(parts.train.precision)
     torch.manual_seed(run.file.seed)  # a new head takes its values from the global generator
     labels = list(targets.labels.names) if targets.labels else None
-    loaded = load_model(model_source(run), task=kind.name, labels=labels, dtype=dtype)
-    say(f"Model: {loaded.source}, {type(loaded.model).__name__}, {precision}{why}")
+    loaded = load_model(model_source(run), task=kind.name, labels=labels, dtype=dtype, quantise=parts.base.quantise)
+    form = form_of(loaded.model)
+    stored = f", linears stored as {form}" if form else ""
+    say(f"Model: {loaded.source}, {type(loaded.model).__name__}, {precision}{why}{stored}")
     task = kind(parts.data, targets, loaded.model.config, tokenizer=loaded.tokenizer, processor=loaded.processor)
     examples, held = task.encode(rows.train.rows), task.encode(evaluation)
     facts = data_facts(rows.train, examples, rows.eval, held, tokenizer=loaded.tokenizer, labels=targets.labels)
@@ -118,12 +127,14 @@ def prepare(run: Run, parts: Parts, *, say: Say, record: DeltaRecord | None = No
         if facts["continued"]["known_tokens"] < 0.5:
             share = facts["continued"]["known_tokens"]
             notes.append(("overlap", f"only {share:.0%} of this data's vocabulary occurred in the data of the earlier delta"))
+    other = base_note(loaded.model, record.base) if record is not None else None
+    notes += [("base", other)] if other else []
     notes += _use_fast_attention(loaded)
     if parts.train.packing:
         attention.check_packable(loaded.model)
         task.pack(examples[:1])
     return Prepared(run, parts, rows, task, loaded, examples, held, facts, precision,
-                    sum(parameter.numel() for parameter in loaded.model.parameters()), notes)
+                    parameter_count(loaded.model), model_bytes(loaded.model), notes)
 
 
 def head_methods(loaded: LoadedModel, methods: tuple[Method, ...]) -> list[Method]:

@@ -6,13 +6,13 @@ Every section is parsed by the part that reads it; this file knows only their na
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from deltaloom.errors import SettingsError, did_you_mean
 from deltaloom.settings import Settings
@@ -37,9 +37,18 @@ class RunFile(Settings):
     data: dict[str, Any]
     deltas: tuple[dict[str, Any], ...] = ()
     train: dict[str, Any] = Field(default_factory=dict)
+    base: dict[str, Any] = Field(default_factory=dict)
     log: LogSettings = LogSettings()
     seed: int = Field(0, ge=0, lt=2**31)
     output: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_compression(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "compress" in values:
+            raise ValueError("compress: a run trains a model as it is. Compress first with a run file of its own, "
+                             "`deltaloom compress RUN.yaml`, then write model: DIR with the folder it made")
+        return values
 
 
 @dataclass(frozen=True)
@@ -58,12 +67,22 @@ def read_run_file(path: Path, overrides: list[str] | None = None) -> Run:
     Raises:
         SettingsError: no file, no YAML mapping, an unknown key, an override that cannot be applied.
     """
+    values = read_mapping(path, RunFile.model_fields)
+    values.pop("origins", None)  # a resolved run file of an earlier run may be run again
+    return parse_run(values, overrides or [], base=path.resolve().parent, name=path.stem)
+
+
+def read_mapping(path: Path, legal: Iterable[str]) -> dict[str, Any]:
+    """The mapping of a YAML file, unchecked; `legal` are the keys that errors name.
+
+    Raises:
+        SettingsError: no file, or no YAML mapping.
+    """
     values = read_yaml(_read(path), path.name)
     if not isinstance(values, dict):
         raise SettingsError(f"{path.name} must hold a mapping of keys to values", got=type(values).__name__,
-                            legal=RunFile.model_fields, hint="`deltaloom init` writes a starter run file.")
-    values.pop("origins", None)  # a resolved run file of an earlier run may be run again
-    return parse_run(values, overrides or [], base=path.resolve().parent, name=path.stem)
+                            legal=legal, hint="`deltaloom init` writes a starter run file.")
+    return values
 
 
 def parse_run(values: dict[str, Any], overrides: Sequence[str] = (), *, base: Path, name: str = "run") -> Run:
@@ -83,8 +102,8 @@ def parse_run(values: dict[str, Any], overrides: Sequence[str] = (), *, base: Pa
     return Run(RunFile.parse(values, "run file"), base, origins, name)
 
 
-def apply_override(values: dict[str, Any], override: str) -> str:
-    """Set `a.b.0.c=value` in place and give back the key; missing mappings on the way are made."""
+def apply_override(values: dict[str, Any], override: str, legal: Iterable[str] = tuple(RunFile.model_fields)) -> str:
+    """Set `a.b.0.c=value` in place and give back the key, whose first part is one of `legal`; missing mappings are made."""
     key, sign, text = override.partition("=")
     key = key.strip()
     if not sign or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
@@ -110,9 +129,8 @@ def apply_override(values: dict[str, Any], override: str) -> str:
             place = place[part]
         else:
             raise SettingsError(f"the override '{key}' goes through a value that has no keys", got=part)
-    if parts[0] not in RunFile.model_fields:
-        raise SettingsError("unknown key in an override", got=key, legal=RunFile.model_fields,
-                            hint=did_you_mean(parts[0], RunFile.model_fields))
+    if parts[0] not in legal:
+        raise SettingsError("unknown key in an override", got=key, legal=legal, hint=did_you_mean(parts[0], legal))
     return key
 
 

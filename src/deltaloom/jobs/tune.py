@@ -28,6 +28,7 @@ from deltaloom.jobs.opening import needs_delta
 from deltaloom.jobs.prepare import DTYPES, Prepared, Say, head_methods, model_source, parse_parts, prepare
 from deltaloom.jobs.runfile import Run, resolved_yaml
 from deltaloom.jobs.scoring import Scores, answers, class_rows, majority, score, shown_rows
+from deltaloom.models.compact import form_of
 from deltaloom.report.card import model_card
 from deltaloom.report.facts import read_run
 from deltaloom.report.page import write_report
@@ -163,7 +164,9 @@ def _identity(prepared: Prepared) -> dict[str, str]:
     for example in prepared.examples:
         digest.update(repr((example.input_ids, example.labels)).encode())
     methods = json.dumps([method_record(method) for method in prepared.parts.methods], sort_keys=True)
-    return {"model": prepared.loaded.fingerprint, "data": digest.hexdigest()[:16], "deltas": methods,
+    form = form_of(prepared.loaded.model)
+    model = prepared.loaded.fingerprint + (f" as {form}" if form else "")
+    return {"model": model, "data": digest.hexdigest()[:16], "deltas": methods,
             "task": prepared.task.name, "seed": str(prepared.run.file.seed)}
 
 
@@ -214,7 +217,7 @@ def _resolved(prepared: Prepared, folder: Path) -> dict[str, Any]:
         deltas = [{"from": _seen_from(folder, str(parts.continued), Path.cwd())}]
     model = run.file.model if model_source(run) == run.file.model else _seen_from(folder, run.file.model, run.base)
     return {"model": model, "task": prepared.task.name, "data": data, "deltas": deltas, "train": parts.train.as_dict(),
-            "log": run.file.log.as_dict(), "seed": run.file.seed, "output": run.file.output}
+            "base": parts.base.as_dict(), "log": run.file.log.as_dict(), "seed": run.file.seed, "output": run.file.output}
 
 
 def _seen_from(folder: Path, value: Any, base: Path) -> Any:
@@ -237,7 +240,7 @@ def _finish(prepared: Prepared, tuned: Tuned, result: TrainResult, before: Befor
         emit(Sampled(row=index, input=rows[index].source, reference=rows[index].target, before=old, after=new))
     labels = list(prepared.labels.names) if prepared.labels else None
     base = {"source": prepared.loaded.source, "commit": prepared.loaded.commit, "fingerprint": prepared.loaded.fingerprint,
-            "task": task.name, "labels": labels}
+            "task": task.name, "labels": labels, "quantise": prepared.parts.base.quantise}
     native.save(tuned, folder / "delta", base=base, data=prepared.facts, seed=prepared.run.file.seed, replace=True)
     delta_bytes = folder_bytes(folder / "delta")
     try:
@@ -282,8 +285,7 @@ def _tell(metrics: dict[str, Any], prepared: Prepared, folder: Path, say: Say) -
     say("")
     if rows:
         say(table_text(("metric", "untuned", "majority", "tuned", "95% interval"), rows, f"{len(prepared.held)} evaluation rows"))
-    model_bytes = sum(p.numel() * p.element_size() for p in prepared.loaded.model.parameters())
-    say(f"Delta:  {folder / 'delta'} ({byte_size(metrics['delta_bytes'])}; the model has {byte_size(model_bytes)})")
+    say(f"Delta:  {folder / 'delta'} ({byte_size(metrics['delta_bytes'])}; the model has {byte_size(prepared.model_bytes)})")
     say(f"Report: {folder / 'report.html'}")
 
 

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from deltaloom.models.bundled import Bundled, bundled_models, bundled_path, get_bundled
 
 if TYPE_CHECKING:
-    from deltaloom.models.facts import ModelFacts, describe, meta_model
+    from deltaloom.models.facts import ModelFacts, describe, meta_model, own_task
     from deltaloom.models.identity import fingerprint
     from deltaloom.models.load import LoadedModel, load_model
     from deltaloom.models.precision import Precision, auto_precision
 
 __all__ = ["Bundled", "LoadedModel", "ModelFacts", "Precision", "auto_precision", "bundled_models", "bundled_path",
-           "describe", "fingerprint", "get_bundled", "load_model", "meta_model"]
+           "describe", "fingerprint", "get_bundled", "load_model", "meta_model", "own_task"]
 
 _HOMES = {
     "LoadedModel": "load", "load_model": "load",
-    "ModelFacts": "facts", "describe": "facts", "meta_model": "facts",
+    "ModelFacts": "facts", "describe": "facts", "meta_model": "facts", "own_task": "facts",
     "fingerprint": "identity",
     "Precision": "precision", "auto_precision": "precision",
 }

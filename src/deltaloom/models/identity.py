@@ -3,36 +3,71 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from deltaloom.compact.face import compact_layers
 from deltaloom.errors import RefusedError
 
 SAMPLE = 4096  # values of one parameter that are hashed; enough to tell models apart, and a 7B model takes seconds
 
 
-def fingerprint(model: nn.Module) -> str:
+Sample = tuple[tuple[int, ...], bytes]  # shape and sampled values of a parameter
+
+
+def fingerprint(model: nn.Module, samples: Mapping[str, Sample] | None = None) -> str:
     """The sha256, in hex, of a model's backbone: names, shapes and a sample of the values of every parameter.
 
     The same for a load in fp32 or bf16 (values are rounded to bf16) and for every task: heads and poolers, which differ by
-    task, are left out. Computed before anything is attached, merged or quantised. At most 4096 values a parameter, evenly
-    spread, are read: a change of any other value is not seen.
+    task, are left out. Computed before anything is attached or merged. At most 4096 values a parameter, evenly spread, are read:
+    a change of any other value is not seen.
+
+    A model that was quantised while it was read has the fingerprint of its dense weights: `samples` holds those of the layers
+    that are compact by now, by the names of their weights, or the configuration records the result. Any other compact model has
+    one of its own, of what its layers store.
 
     Raises:
         RefusedError: the model's weights were not loaded (meta device).
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(backbone_parameters(model)):
+    known = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "fingerprint", None)
+    compact = compact_layers(model)
+    if known and samples is None and compact:
+        return str(known)
+    prefix = backbone_prefix(model)
+    found: dict[str, Sample] = {name.removeprefix(prefix): sample for name, sample in (samples or {}).items()}
+    stored = {f"{path}.{name}": buffer for path, layer in compact.items() if f"{path}.weight" not in (samples or {})
+              for name, buffer in layer.named_buffers(recurse=False)}
+    own = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    for name, parameter in (*backbone_parameters(model), *own.items()):
         if parameter.is_meta:
             raise RefusedError("a model without loaded weights has no fingerprint", got=name)
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16)
-        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
+        found[name] = (tuple(parameter.shape), sample_of(parameter))
+    digest = hashlib.sha256()
+    for name, (shape, values) in sorted(found.items()):
+        digest.update(f"{name} {shape}\n".encode())
+        digest.update(values)
     return digest.hexdigest()
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The sha256, in hex, of what decides a text's tokens: vocabulary, rules, special tokens; not how rows are padded or cut."""
+    facts: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items()), "special": sorted(tokenizer.all_special_tokens)}
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        facts["rules"] = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def sample_of(tensor: Tensor) -> bytes:
+    """The values of a tensor that the fingerprint reads, rounded to bfloat16."""
+    flat = tensor.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16)
+    return sample.contiguous().view(torch.int16).numpy().tobytes()
 
 
 def backbone_prefix(model: nn.Module) -> str:

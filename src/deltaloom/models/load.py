@@ -29,7 +29,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from deltaloom.compact import codec_from
 from deltaloom.errors import CheckpointError, DeltaloomError, RefusedError, SettingsError, did_you_mean
+from deltaloom.models.compact import CompactConfig, quantise_model
 from deltaloom.models.gguf import check_gguf, gguf_arguments, gguf_tokenizer
 from deltaloom.models.identity import backbone_prefix, fingerprint
 from deltaloom.models.quiet import quiet_transformers
@@ -44,6 +46,10 @@ AUTO_CLASSES: dict[str, Any] = {
     "image-classification": AutoModelForImageClassification,
 }
 LABELLED = ("sequence-classification", "token-classification", "image-classification")
+# The end of the name of a class of transformers -> the task of its head.
+HEADS = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm", "ForConditionalGeneration": "seq2seq-lm",
+         "ForSequenceClassification": "sequence-classification", "ForTokenClassification": "token-classification",
+         "ForImageClassification": "image-classification"}
 NEW_HEAD = (*LABELLED, "regression")
 
 
@@ -62,34 +68,54 @@ class LoadedModel:
 
 
 def load_model(source: str | Path, *, task: str, labels: Sequence[str] | None = None, dtype: torch.dtype | None = None,
-               device: str | torch.device = "cpu", offline: bool | None = None) -> LoadedModel:
+               device: str | torch.device = "cpu", offline: bool | None = None, quantise: str | None = None) -> LoadedModel:
     """A model for a task from a hub id (`org/name@revision`), a folder, a .gguf file or `bundled:NAME`.
 
     `labels` in the order of their ids make a head of that size; without, the checkpoint's own head is kept. A head that
     the checkpoint lacks is initialised from torch's global generator: seed it before. `dtype` None keeps the dtype that
-    the checkpoint has. `offline` None does as HF_HUB_OFFLINE says.
+    the checkpoint has. `offline` None does as HF_HUB_OFFLINE says. `quantise` names a codec (`nf4`, `int8`): the linear layers
+    inside the blocks are stored with it, each as it is read; embeddings, norms and heads stay as they are.
 
     Raises:
-        CheckpointError: missing, damaged, incomplete, or not a model for this task. SettingsError: unknown task or labels
-        that do not fit it. RefusedError: it would have to run its own code.
+        CheckpointError: missing, damaged, incomplete, or not a model for this task. SettingsError: unknown task or codec, or
+        labels that do not fit. RefusedError: it would have to run its own code, or is quantised already.
     """
     check_task(task, labels)
+    codec = None if quantise is None else codec_from(quantise, "quantise")
     where = parse_source(source)
     if where.gguf:
         check_gguf(where.gguf)
     with quiet_transformers(), translated(where, task):
         config = load_config(where, task=task, labels=labels, offline=offline)
+        arguments = _weights_arguments(where, config, quantise)
         tokenizer, processor = _load_inputs(where, task, offline)
         notes = _settle_pad_token(config, tokenizer)
         model, info = AUTO_CLASSES[task].from_pretrained(
             where.location, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=task in NEW_HEAD, **_hub_arguments(where, offline),
-            **(gguf_arguments(where.gguf) if where.gguf else {}))
+            ignore_mismatched_sizes=task in NEW_HEAD, **_hub_arguments(where, offline), **arguments)
     new, more = _review(model, info, where, task)
     _check_vocabulary(model, tokenizer, where)
+    if where.gguf and codec is not None:
+        quantise_model(model, codec)
+        more.append("a GGUF file is read whole before it is quantised: the peak of memory is that of the dense model")
     return LoadedModel(model=model.to(device), tokenizer=tokenizer, processor=processor, source=where.name,
                        commit=getattr(config, "_commit_hash", None), fingerprint=fingerprint(model), new_parameters=new,
                        notes=tuple(notes + more))
+
+
+def _weights_arguments(where: Source, config: PreTrainedConfig, quantise: str | None) -> dict[str, Any]:
+    """What `from_pretrained` needs to know of how the weights are stored, and are to be."""
+    if quantise is not None and is_quantised(config):
+        raise RefusedError(f"{where.name} is quantised or compressed already", got=f"quantise: {quantise}",
+                           hint="Leave `quantise` out, or name the model that it was made of.")
+    if where.gguf:
+        return gguf_arguments(where.gguf)
+    return {} if quantise is None else {"quantization_config": CompactConfig(codec=quantise)}
+
+
+def is_quantised(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint's configuration says that its weights are quantised, by whatever method."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def check_task(task: str, labels: Sequence[str] | None) -> None:

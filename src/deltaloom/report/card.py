@@ -71,6 +71,8 @@ def _usage(facts: RunFacts) -> str:
     labels = _labels(facts)
     arguments = [json.dumps(source, ensure_ascii=False), f"task={json.dumps(facts.task or 'causal-lm')}"]
     arguments += [f"labels=[{', '.join(json.dumps(label, ensure_ascii=False) for label in labels)}]"] if labels else []
+    codec = facts.setting("base.quantise")
+    arguments += [f"quantise={json.dumps(str(codec))}"] if codec else []
     code = ["import deltaloom", "from deltaloom.models import load_model", "", f"base = load_model({', '.join(arguments)})",
             'model = deltaloom.load(base.model, "delta")  # called like the base model']
     commands = ["pip install deltaloom", "deltaloom predict . --data rows.jsonl -o predictions.jsonl"]

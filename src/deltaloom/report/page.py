@@ -74,12 +74,12 @@ def render(runs: Sequence[RunFacts], names: Sequence[str]) -> str:
     views = [_view(run, name, f"run{index}-" if several else "")
              for index, (run, name) in enumerate(zip(runs, names, strict=True))]
     return environment.from_string(template).render(
-        policy=_policy(style), style=Markup(style), version=__version__, runs=views,
+        policy=content_policy(style), style=Markup(style), version=__version__, runs=views,
         title=" · ".join(names) if len(names) < 4 else f"{len(names)} runs",
         comparison=compare(runs, names) if several else None, overlaid=_overlaid(runs, names) if several else [])
 
 
-def _policy(style: str) -> str:
+def content_policy(style: str) -> str:
     """Nothing may be loaded or run; only this very style sheet counts (so no smuggled style attribute does either)."""
     digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
     return f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from deltaloom.compact.face import parameter_count
 from deltaloom.deltas.base import StepPlan
 from deltaloom.errors import DataError, RefusedError, SettingsError
 from deltaloom.events import Acted, Emitter, Started
@@ -84,7 +85,7 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
             _warm_up(run)
         trainable = sum(parameter.numel() for parameter in run.parameters.values())
         emit(Started(step=progress.step, total_steps=progress.total_steps, trainable_parameters=trainable,
-                     total_parameters=sum(parameter.numel() for parameter in tuned.parameters())))
+                     total_parameters=parameter_count(tuned)))
         return _loop(run, stop)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from deltaloom.architectures import NOT_BY_ROW
+from deltaloom.compact.face import own_tensors, own_types
 from deltaloom.deltas.base import Delta, LowRankDelta
 from deltaloom.errors import RefusedError
 from deltaloom.kernels.low_rank import Affine, low_rank_linear
@@ -202,10 +203,10 @@ class Adapted(nn.Module):
         adding = any(adds(delta) for _, delta in items)
         if not found and not adding:
             return found
-        own = dict(self.base.named_parameters(recurse=False))
         if adding:
-            found = with_increments(self.path, own, found, items)
-        return {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in found.items()}
+            found = with_increments(self.path, own_tensors(self.base), found, items)
+        own = own_types(self.base)
+        return {name: tensor.to(own[name]) if name in own else tensor for name, tensor in found.items()}
 
     def _branch_input(self, key: str, taken: dict[str, Tensor], rows: Tensor | None) -> Tensor:
         if key not in taken:

@@ -1,7 +1,8 @@
 """Merging: a lane's deltas folded into the model's own weights, with the rounding error measured; unmerging is bit-exact.
 
 All of it is computed before anything is changed: overrides first, then increments, then `fold` in the order of the deltas, in
-float64 (float32 for very large tensors), and then rounded once to the type that the base is stored in.
+float64 (float32 for very large tensors), and then rounded once to the type that the base is stored in. A compact layer whose
+weight changes is replaced by a dense one, or by one of its own form, whose error counts as rounding too.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from deltaloom.compact import CompactLinear
+from deltaloom.compact.face import affine_weight, dense_layer, is_affine, own_tensors, stores_transposed
 from deltaloom.deltas.base import Delta, InputDelta, PrefixDelta
 from deltaloom.errors import RefusedError
 from deltaloom.sites import Site, input_layer, output_layer
-from deltaloom.tuned.adapted import Adapted, wrappers
+from deltaloom.tuned.adapted import Adapted, replace_module, wrappers
 from deltaloom.tuned.replaced import adds, with_increments
 
 if TYPE_CHECKING:
     from deltaloom.tuned.model import Tuned
 
 DOUBLE_UP_TO = 2 ** 26  # elements of a tensor that is folded in float64; above, two float64 copies would take a gigabyte
-AFFINE = (nn.Linear, Conv1D, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class MergeFacts:
 
 @dataclass
 class Merged:
-    """What `unmerge` needs: the parameters that were replaced, and whether embeddings were tied."""
+    """What `unmerge` needs: the parameters and layers that were replaced, and whether embeddings were tied."""
 
     kept: list[tuple[nn.Module, str, nn.Parameter | None]]
+    layers: list[tuple[Adapted, nn.Module]]
     tied: bool | None
+    requantised: bool
 
 
 @dataclass
@@ -56,6 +59,14 @@ class _Change:
 
 
 @dataclass
+class _Exchange:
+    """A compact layer, and the layer with the deltas inside that takes its place."""
+
+    wrapper: Adapted
+    layer: nn.Module
+
+
+@dataclass
 class _Errors:
     largest: float = 0.0
     rounding: float = 0.0
@@ -64,10 +75,11 @@ class _Errors:
     notes: list[str] = field(default_factory=list)
 
 
-def merge(tuned: Tuned, name: str | None = None) -> MergeFacts:
+def merge(tuned: Tuned, name: str | None = None, *, requantise: bool = False) -> MergeFacts:
     """Fold all deltas of a lane (the one in use by default) into the weights. Until `unmerge`, no other lane can be used.
 
-    The replaced tensors are kept, so this takes as much memory again as the changed layers have.
+    The replaced tensors are kept, so this takes as much memory again as the changed layers have. Compact layers whose weights
+    change become dense, or with `requantise` are stored in their own form again.
 
     Raises:
         RefusedError: a delta cannot be folded, with the reason; nothing has been changed.
@@ -75,14 +87,21 @@ def merge(tuned: Tuned, name: str | None = None) -> MergeFacts:
     lane = _lane(tuned, name)
     refuse_unfoldable(tuned.pairs(lane))
     errors = _Errors()
-    changes = [change for wrapper in wrappers(tuned.model) for change in _fold_layer(wrapper, lane, errors)]
-    if not changes:
+    found = [change for wrapper in wrappers(tuned.model) for change in _fold_layer(wrapper, lane, errors, requantise)]
+    changes = [change for change in found if isinstance(change, _Change)]
+    exchanges = [change for change in found if isinstance(change, _Exchange)]
+    if not found:
         raise RefusedError("no layer has anything to merge", got=lane)
+    kept = [(change.wrapper.base, change.key, change.old) for change in changes]
+    layers = [(exchange.wrapper, exchange.wrapper.base) for exchange in exchanges]
     tied = _apply(tuned, lane, changes, errors.notes)
-    tuned.kept = Merged([(change.wrapper.base, change.key, change.old) for change in changes], tied)
+    for exchange in exchanges:
+        exchange.wrapper.base = exchange.layer
+        exchange.wrapper.merged = lane
+    tuned.kept = Merged(kept, layers, tied, requantise)
     tuned.merged = lane
     tuned.routing.lanes = lane
-    return MergeFacts(lane, len(changes), errors.largest, _ratio(errors.rounding, errors.folded),
+    return MergeFacts(lane, len(found), errors.largest, _ratio(errors.rounding, errors.folded),
                       _ratio(errors.rounding, errors.changed), tuple(errors.notes))
 
 
@@ -96,11 +115,33 @@ def unmerge(tuned: Tuned) -> None:
         raise RefusedError("no delta is merged")
     for module, key, parameter in tuned.kept.kept:
         module.register_parameter(key, parameter)
+    for wrapper, layer in tuned.kept.layers:
+        wrapper.base = layer
     if tuned.kept.tied is not None:
         tuned.config.tie_word_embeddings = tuned.kept.tied
     for wrapper in wrappers(tuned.model):
         wrapper.merged = None
     tuned.merged = tuned.kept = None
+
+
+def bake(tuned: Tuned) -> MergeFacts:
+    """Fold the one delta into the weights for good and take the wrappers off: `tuned.model` is without deltas from now on.
+
+    Compact layers stay in their own form. The tuned model is used up by this.
+
+    Raises:
+        RefusedError: a delta cannot be folded, or there are several; nothing has been changed.
+    """
+    if len(tuned.lanes) != 1:
+        raise RefusedError("only a single delta can be folded in for good", got=", ".join(tuned.lanes))
+    facts = merge(tuned, requantise=True)
+    for wrapper in wrappers(tuned.model):
+        replace_module(tuned.model, wrapper.path, wrapper.base)
+    for name, parameter in tuned.model.named_parameters():
+        parameter.requires_grad_(tuned.required_grad(name))
+    tuned.lanes.clear()
+    tuned.kept = tuned.merged = None
+    return facts
 
 
 @torch.no_grad()
@@ -111,13 +152,14 @@ def logits_error(tuned: Tuned, batch: Mapping[str, Any], name: str | None = None
     """
     merged = tuned.merged
     lane = merged or _lane(tuned, name)
+    requantise = tuned.kept is not None and tuned.kept.requantised
     if merged is not None:
         unmerge(tuned)
     training, lanes = tuned.training, tuned.routing.lanes
     tuned.eval()
     with tuned.use(lane):
         apart = _output(tuned(**batch))
-    merge(tuned, lane)
+    merge(tuned, lane, requantise=requantise)
     together = _output(tuned(**batch))
     if merged is None:
         unmerge(tuned)
@@ -169,7 +211,7 @@ def exact_tensors(wrapper: Adapted, items: Sequence[tuple[Site, Delta]]) -> dict
     Raises:
         RefusedError: a delta cannot be folded, with the reason.
     """
-    own = dict(wrapper.base.named_parameters(recurse=False))
+    own = own_tensors(wrapper.base)
     exact: dict[str, Tensor] = {key: tensor.detach() for _, delta in items for key, tensor in delta.override().items()}
     exact = with_increments(wrapper.path, own, exact, items, _high_precision)
     folding = [(site, delta) for site, delta in items
@@ -182,10 +224,13 @@ def _high_precision(tensor: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def _fold_layer(wrapper: Adapted, lane: str, errors: _Errors) -> list[_Change]:
+def _fold_layer(wrapper: Adapted, lane: str, errors: _Errors, requantise: bool) -> list[_Change | _Exchange]:
+    exact = exact_tensors(wrapper, wrapper.items(lane))
+    if isinstance(wrapper.base, CompactLinear) and "weight" in exact:
+        return [_exchanged(wrapper, wrapper.base, exact, errors, requantise)]
     own = dict(wrapper.base.named_parameters(recurse=False))
-    changes = []
-    for key, tensor in exact_tensors(wrapper, wrapper.items(lane)).items():
+    changes: list[_Change | _Exchange] = []
+    for key, tensor in exact.items():
         old = own.get(key)
         stored = tensor.to(own["weight"].dtype if old is None and "weight" in own else tensor.dtype if old is None else old.dtype)
         if not bool(stored.isfinite().all()):
@@ -193,11 +238,34 @@ def _fold_layer(wrapper: Adapted, lane: str, errors: _Errors) -> list[_Change]:
                                got=f"{wrapper.path}.{key} ({stored.dtype})",
                                hint="Load the base in float32 or bfloat16.")
         if old is None:
-            errors.notes.append(f"{wrapper.path} has a new {key}: transformers' class has no place for it, so this merged model "
-                                "works in memory and cannot be saved as a plain one")
+            errors.notes.append(_new_tensor(wrapper.path, key))
         _add_errors(errors, tensor, stored, old)
         changes.append(_Change(wrapper, key, old, stored))
     return changes
+
+
+def _exchanged(wrapper: Adapted, base: CompactLinear, exact: Mapping[str, Tensor], errors: _Errors,
+               requantise: bool) -> _Exchange:
+    """The layer that stands for a compact one with these tensors in its place."""
+    weight = exact["weight"].T if base.transposed else exact["weight"]
+    bias = exact.get("bias")
+    stored = base.bias if bias is None else nn.Parameter(bias.to(base.dtype), requires_grad=False)
+    layer = base.again(weight.float(), stored) if requantise else dense_layer(base, weight, stored)
+    new = affine_weight(layer, torch.float32 if requantise else None)
+    if not bool(new.isfinite().all()):
+        raise RefusedError("the folded weights are not finite in the base's type", got=f"{wrapper.path}.weight ({base.dtype})",
+                           hint="Load the base in float32 or bfloat16.")
+    _add_errors(errors, weight, new, affine_weight(base, torch.float32))
+    if bias is not None and stored is not None:
+        _add_errors(errors, bias, stored, base.bias)
+    if base.bias is None and stored is not None:
+        errors.notes.append(_new_tensor(wrapper.path, "bias"))
+    return _Exchange(wrapper, layer)
+
+
+def _new_tensor(path: str, key: str) -> str:
+    return (f"{path} has a new {key}: transformers' class has no place for it, so this merged model works in memory and cannot "
+            "be saved as a plain one")
 
 
 def _folded(wrapper: Adapted, own: Mapping[str, Tensor], overrides: Mapping[str, Tensor],
@@ -209,7 +277,7 @@ def _folded(wrapper: Adapted, own: Mapping[str, Tensor], overrides: Mapping[str,
         raise RefusedError("the layer does not store a plain weight that a delta could be folded into",
                            got=f"{path} ({type(base).__name__})", hint="Merge into an unquantised base, or keep the delta apart.")
     dtype = _high_precision(weight)
-    turned = isinstance(base, Conv1D | nn.Embedding)
+    turned = stores_transposed(base)
     start = weight.detach().to(dtype)
     start = start.T if turned else start
     bias = overrides.get("bias", own.get("bias"))
@@ -217,9 +285,9 @@ def _folded(wrapper: Adapted, own: Mapping[str, Tensor], overrides: Mapping[str,
     new, new_bias = start, first_bias
     for site, delta in items:
         new, new_bias = _fold_one(site, delta, new, new_bias)
-    if not isinstance(base, AFFINE) and new is not start and not torch.equal(new, start):
+    if not (is_affine(base) or isinstance(base, nn.Embedding)) and new is not start and not torch.equal(new, start):
         raise RefusedError("the weight of a layer that is not affine would change", got=f"{path} ({type(base).__name__})")
-    if new_bias is not None and first_bias is None and not isinstance(base, nn.Linear):
+    if new_bias is not None and first_bias is None and (not is_affine(base) or turned):
         raise RefusedError("the layer has no bias and cannot take one", got=f"{path} ({type(base).__name__})",
                            hint="Keep the delta next to the model.")
     found = {}

@@ -181,8 +181,12 @@ class Tuned(nn.Module):
         for name in list(self.lanes):
             self.remove(name)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._required_grad.get(name, False))
+            parameter.requires_grad_(self.required_grad(name))
         return self.model
+
+    def required_grad(self, name: str) -> bool:
+        """Whether a parameter of the model was trainable before it was frozen; new ones were not."""
+        return self._required_grad.get(name, False)
 
     # ---- looking --------------------------------------------------------------------------------------------------
 
@@ -358,13 +362,13 @@ class Tuned(nn.Module):
 
     # ---- merging --------------------------------------------------------------------------------------------------
 
-    def merge(self, name: str | None = None) -> MergeFacts:
+    def merge(self, name: str | None = None, *, requantise: bool = False) -> MergeFacts:
         """Fold a lane into the weights; see `deltaloom.tuned.merging.merge`.
 
         Raises:
             RefusedError: a delta cannot be folded, with the reason; nothing has been changed.
         """
-        return merge(self, name)
+        return merge(self, name, requantise=requantise)
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit."""

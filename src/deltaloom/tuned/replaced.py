@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from deltaloom.compact.face import run_replaced
 from deltaloom.deltas.base import Delta
 from deltaloom.errors import RefusedError, did_you_mean
 from deltaloom.sites import Site, stack_stored
@@ -56,7 +57,7 @@ def call_replaced(layer: nn.Module, tensors: Mapping[str, Tensor], args: tuple[A
     A layer that checkpoints itself runs again in backward, when its own tensors are back: there they are replaced again.
     """
     if not (isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training):
-        return functional_call(layer, dict(tensors), args, kwargs)
+        return run_replaced(layer, tensors, args, kwargs)
     checkpoint = vars(layer)[CHECKPOINT]
     named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
 

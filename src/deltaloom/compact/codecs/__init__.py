@@ -1,0 +1,1 @@
+"""One file per codec; the folder is the registry."""
