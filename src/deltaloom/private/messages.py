@@ -200,7 +200,8 @@ class BackFacts:
     """What a party must know of the back it talks to; its front has to fit.
 
     fingerprint: of the whole model's backbone. cut: blocks in the front, of `blocks` in all. width: d_model. outputs: size of
-    the head's output (vocabulary or classes), 0 without a head at the owner. max_length: positions a row may have, if limited. front: the front's hash, see `cut.front_hash`.
+    the head's output (vocabulary or classes), 0 without a head at the owner. max_length: positions a row may have, if limited.
+    front: the hash of the front, see `cut.front_hash`.
     """
 
     fingerprint: str
