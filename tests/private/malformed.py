@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import struct
 import zlib
@@ -93,7 +94,7 @@ class Mutator:
             self._spoil(node[key])
         elif self.random.random() < 0.2:
             del node[key]
-        elif isinstance(node[key], int) and self.random.random() < 0.5:
+        elif isinstance(node[key], int) and abs(node[key]) < 2 ** 62 and self.random.random() < 0.5:
             node[key] += self.random.choice([-1, 1, 7, 10 ** 6])
         else:
-            node[key] = self.random.choice(ODD)
+            node[key] = copy.deepcopy(self.random.choice(ODD))

@@ -132,7 +132,7 @@ def run_front(layout: str, front: Half, channel: Any, methods: Sequence[Method],
     task = task_for(layout, front.model, weights)
     heads = head_of(layout, front.model) if front.has_head else ()
     tuned = attach(front.model, methods, heads=heads, seed=seed)
-    remote = RemoteBack(channel, front, guards)
+    remote = RemoteBack(channel, front, guards, run="toy")
     whole = FrontModel(tuned, front, remote, labels)
     emit, events = recorded()
     train(tuned, Learner(task, whole), feed_for(task, examples(layout), settings), settings=settings, emit=emit, seed=0,

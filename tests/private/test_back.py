@@ -146,9 +146,9 @@ def test_a_forward_pass_that_was_forgotten_is_computed_again():
 
 def test_training_over_an_owner_that_keeps_nothing_is_the_same():
     settings = settings_for()
-    kept = run_split("bert", three_blocks("bert"), prefix("bert"), settings, labels="party", head="party")
+    kept = run_split("bert", three_blocks("bert"), prefix("bert"), settings, labels="home", head="party")
     front, owner = split(three_blocks("bert"), "sequence-classification", 1, head="party")
-    again = run_split("bert", three_blocks("bert"), prefix("bert"), settings, labels="party", head="party",
+    again = run_split("bert", three_blocks("bert"), prefix("bert"), settings, labels="home", head="party",
                       back=Back(owner, BackSettings(kept_forwards=0)))
     assert kept.losses == again.losses and front.cut == 1
     assert all(torch.equal(tensor, again.state[key]) for key, tensor in kept.state.items())

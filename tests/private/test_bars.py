@@ -30,8 +30,8 @@ def comparison(layout, model, parties, rounds=1, **more):
     rows = [SimpleNamespace(target=("a", "b", "c")[index % 3]) for index in range(12)]
     steps = settings_for(max_steps=4, learning_rate=0.01)
     central = settings_for(max_steps=4 * rounds, learning_rate=0.01)
-    where = "owner" if is_causal(layout) else "party"
-    settings = BarSettings(cut=1, head=where, labels=where, rounds=rounds, emulate=steps, tune=steps, central=central)
+    head, labels = ("owner", "owner") if is_causal(layout) else ("party", "home")
+    settings = BarSettings(cut=1, head=head, labels=labels, rounds=rounds, emulate=steps, tune=steps, central=central)
     return Comparison(task, parties, {"all": Held(held, rows)}, [PREFIX], settings, head_of(layout, model), say=lambda line: None,
                       **more)
 
@@ -85,7 +85,7 @@ def test_another_emulator_is_refused():
     with pytest.raises(RefusedError, match="must be at the party"):
         made = comparison("bert", three_blocks("bert"), {})
         measure(model, other, type(made)(**{**vars(made), "settings": BarSettings(**{**made.settings.given(), "head": "owner"})}))
-    with pytest.raises(SettingsError, match="needs labels: party"):
+    with pytest.raises(SettingsError, match="needs labels: home"):
         BarSettings(**{**made.settings.given(), "labels": "owner"})
 
 

@@ -66,7 +66,7 @@ def test_what_leaves_went_through_the_guards_and_so_did_its_gradient():
 
 def test_gradients_of_outputs_are_guarded_too():
     guard = Doubled()
-    learner, batch, remote, *_ = parts("bert", (guard,), labels="party")
+    learner, batch, remote, *_ = parts("bert", (guard,), labels="home")
     remote.begin(1)
     learner.loss(learner.model.tuned, batch)[0].backward()
     assert [context.crossing for context in guard.seen] == ["hidden", "gradient"]

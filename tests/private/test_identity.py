@@ -110,11 +110,15 @@ def test_a_new_invite_revokes_the_partys_unused_ones(authority):
     assert authority.check(second).role == INVITE
 
 
-def test_an_invite_and_a_certificate_expire(authority, tmp_path):
-    invite = authority.invite("a", "x:1", seconds=1.0)
-    member = enrolled(authority, tmp_path, "b", seconds=1.0)
+def test_an_invite_and_a_certificate_expire(authority, tmp_path, monkeypatch):
+    invite = authority.invite("a", "x:1", seconds=1000.0)
+    member = enrolled(authority, tmp_path, "b", seconds=1000.0)
     certificate = member.credential().certificate
-    time.sleep(2.1)   # certificates know whole seconds
+    assert authority.check(certificate).name == "b"
+    later = time.time() + 1001
+    monkeypatch.setattr(time, "time", lambda: later)
+    with pytest.raises(RefusedError, match="expired"):
+        member.credential()
     for pem in (invite.certificate.encode(), certificate):
         with pytest.raises(Refused) as refusal:
             authority.check(pem)

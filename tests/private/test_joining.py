@@ -98,10 +98,11 @@ def test_killed_anywhere_the_outcome_is_the_same(tmp_path, guard):
             assert all(torch.equal(ends[name][key], expected[key]) for key in expected)
 
 
-def test_what_was_trained_is_not_trained_again(tmp_path):
-    world = World(tmp_path, None, frozenset({6}))
+@pytest.mark.parametrize("step", range(14, 26))
+def test_what_was_trained_is_not_trained_again(tmp_path, step):
+    world = World(tmp_path, None, frozenset({step, step + 1}))
     world.run()
-    assert sorted(world.trained) == sorted({*world.trained})
+    assert sorted(world.trained) == sorted((name, round_) for name in NAMES for round_ in (1, 2))
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, monkeypatch):

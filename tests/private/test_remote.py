@@ -40,7 +40,7 @@ def test_a_language_model_with_its_loss_at_the_owner(layout, packing):
 def test_a_language_model_with_labels_and_head_at_home(layout):
     settings = settings_for()
     whole = run_whole(layout, three_blocks(layout), prefix(layout), settings, heads=False)
-    split = run_split(layout, three_blocks(layout), prefix(layout), settings, labels="party", head="party")
+    split = run_split(layout, three_blocks(layout), prefix(layout), settings, labels="home", head="party")
     assert_same(whole, split, layout)
 
 
@@ -49,7 +49,7 @@ def test_a_language_model_with_labels_and_head_at_home(layout):
 def test_a_classifier_with_labels_and_head_at_home(layout, weights):
     settings = settings_for()
     whole = run_whole(layout, three_blocks(layout), prefix(layout), settings, heads=True, weights=weights)
-    split = run_split(layout, three_blocks(layout), prefix(layout), settings, labels="party", head="party", weights=weights)
+    split = run_split(layout, three_blocks(layout), prefix(layout), settings, labels="home", head="party", weights=weights)
     assert len(whole.state) > 2  # the head trains too
     assert_same(whole, split, layout)
 
@@ -69,12 +69,12 @@ def test_other_deltas_on_the_front(layout, method):
     home = not is_causal(layout)
     settings = settings_for()
     whole = run_whole(layout, three_blocks(layout), [method], settings, heads=home)
-    split = run_split(layout, three_blocks(layout), [method], settings, labels="party" if home else "owner",
+    split = run_split(layout, three_blocks(layout), [method], settings, labels="home" if home else "owner",
                       head="party" if home else "owner")
     assert_same(whole, split, layout)
 
 
-@pytest.mark.parametrize("labels", ["owner", "party"])
+@pytest.mark.parametrize("labels", ["owner", "home"])
 @pytest.mark.parametrize("layout", ["llama", "bert"])
 def test_a_window_of_micro_batches_changes_nothing(layout, labels):
     settings = settings_for()
@@ -88,7 +88,7 @@ def test_a_window_of_micro_batches_changes_nothing(layout, labels):
 def test_logits_that_come_home_train_like_losses_at_the_owner_up_to_rounding():
     settings = settings_for()
     owner = run_split("llama", three_blocks("llama"), prefix("llama"), settings, labels="owner", head="owner")
-    home = run_split("llama", three_blocks("llama"), prefix("llama"), settings, labels="party", head="owner")
+    home = run_split("llama", three_blocks("llama"), prefix("llama"), settings, labels="home", head="owner")
     for key in owner.state:
         torch.testing.assert_close(owner.state[key], home.state[key], rtol=1e-4, atol=1e-4)
     assert home.losses == pytest.approx(owner.losses, rel=1e-5)

@@ -13,13 +13,17 @@ import torch
 
 from deltaloom.errors import RefusedError, UsageError
 from deltaloom.private.audit import read_audit
+from deltaloom.private.authority import Authority
 from deltaloom.private.client import GrpcChannel, OwnerAway, Reconnect, join
+from deltaloom.private.identity import PARTY, Credential, issue
+from deltaloom.private.membership import Membership
 from deltaloom.private.messages import (
     CloseRequest,
     ExtendRequest,
     ForgottenError,
     GradientRequest,
     Key,
+    LossReply,
     OpenRequest,
     ScoreRequest,
 )
@@ -27,9 +31,10 @@ from deltaloom.private.policy import Limits, Policy, Quotas
 from deltaloom.private.refused import Refused
 from deltaloom.private.round_messages import AnswerRequest, StandRequest
 from deltaloom.private.transport import STREAM, secure_channel
+from deltaloom.private.wire.convert import Refusal, Welcome, decode_message
 from tests.private.owned import QUICK, channel, hello, joined, service, step_request
 from tests.private.toy_owner import ToyBack
-from tests.private.wired import assemble, assert_same, frame_of, outputs_request, rows
+from tests.private.wired import BOUNDS, assemble, assert_same, frame_of, outputs_request, rows
 
 pytestmark = pytest.mark.timeout(60)
 HASTY = Reconnect(first_wait=0.02, longest_wait=0.1, patience=0.5)
@@ -112,21 +117,56 @@ def test_a_late_step_is_refused_and_a_late_repeat_is_answered(tmp_path):
         assert wire.submit(step_request(4)).result(10)
 
 
-def test_no_more_than_the_window_is_under_way(tmp_path):
-    class Counting(ToyBack):
-        now = most = 0
-        guard = threading.Lock()
+class Counting(ToyBack):
+    """Counts how many requests it has at once."""
 
-        def answer(self, party, request):
+    now = most = 0
+    guard = threading.Lock()
+
+    def answer(self, party, request):
+        with self.guard:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        try:
+            return super().answer(party, request)
+        finally:
             with self.guard:
-                self.now += 1
-                self.most = max(self.most, self.now)
-            try:
-                return super().answer(party, request)
-            finally:
-                with self.guard:
-                    self.now -= 1
+                self.now -= 1
 
+
+def raw_stream(owner, member, sent: list[bytes]) -> list:
+    """What a stream hears that sends these frames without waiting for anything."""
+    wire = secure_channel(owner.address, member.authority, member.credential())
+    heard = []
+    for chunk in wire.stream_stream(STREAM)(iter(sent), timeout=20):
+        frame = assemble(chunk, asks=False)
+        heard.append(decode_message(frame.header, frame.body, BOUNDS))
+    wire.close()
+    return heard
+
+
+def test_a_party_that_ignores_the_window_is_slowed_and_answered(tmp_path):
+    back = Counting(seconds=0.02)
+    with service(tmp_path / "o", back, Policy(limits=Limits(in_flight=2))) as owner:
+        member = joined(owner.authority, tmp_path, "a", owner.address)
+        sent = [frame_of(hello()), *(frame_of(step_request(1, micro), id=micro + 1) for micro in range(12))]
+        heard = raw_stream(owner, member, sent)
+        assert [type(message) for message in heard] == [Welcome] + [LossReply] * 12
+        assert back.most == 2
+
+
+def test_a_frame_that_speaks_for_somebody_else_is_refused_and_so_is_a_second_hello(tmp_path):
+    with service(tmp_path / "o") as owner:
+        member = joined(owner.authority, tmp_path, "a", owner.address)
+        joined(owner.authority, tmp_path, "b", owner.address)
+        for sent, reasons in (([frame_of(hello(), party="b")], ["party"]),
+                              ([frame_of(step_request(1))], ["order"]),
+                              ([frame_of(hello()), frame_of(step_request(1), party="b"), frame_of(hello())], ["order", "party"])):
+            heard = raw_stream(owner, member, sent)
+            assert sorted(message.reason for message in heard if isinstance(message, Refusal)) == reasons
+
+
+def test_no_more_than_the_window_is_under_way(tmp_path):
     back = Counting(seconds=0.05)
     policy = Policy(limits=Limits(in_flight=2))
     with service(tmp_path / "o", back, policy) as owner, channel(joined(owner.authority, tmp_path, "a", owner.address)) as wire:
@@ -186,7 +226,7 @@ def test_a_quota_holds_and_a_restart_does_not_renew_it(tmp_path, quota, good):
                 wire.submit(step_request(9)).result(10)
 
 
-@pytest.mark.parametrize("change", [{"cut": 3}, {"codec": "int8"}, {"labels": "party"}, {"method": "other"},
+@pytest.mark.parametrize("change", [{"cut": 3}, {"codec": "int8"}, {"labels": "home"}, {"method": "other"},
                                     {"guards": ["strange"]}, {"fingerprint": "0" * 64}])
 def test_what_the_policy_does_not_allow_gets_no_stream(tmp_path, change):
     policy = Policy(codecs=["fp32"], labels=["owner"], methods=["toy"], guards=[])
@@ -228,8 +268,6 @@ def test_an_invite_is_good_once_and_for_nothing_else(tmp_path):
     with service(tmp_path / "o") as owner:
         invite = owner.authority.invite("a", owner.address)
         credential = (invite.key.encode(), invite.certificate.encode())
-        from deltaloom.private.membership import Membership
-
         member = Membership.prepare(tmp_path / "a", invite)
         with pytest.raises(UsageError, match="party join"):
             member.credential()
@@ -258,8 +296,6 @@ def test_a_revocation_reaches_a_running_stream_at_its_next_request(tmp_path):
         member, other = (joined(owner.authority, tmp_path, name, owner.address) for name in ("a", "b"))
         with channel(member) as wire, channel(other) as unaffected:
             wire.submit(step_request(1)).result(10)
-            from deltaloom.private.authority import Authority
-
             assert Authority(tmp_path / "o").revoke("a") >= 1   # as another process does
             with pytest.raises(Refused) as refusal:
                 wire.submit(step_request(2)).result(10)
@@ -294,18 +330,24 @@ def test_who_is_not_the_owners_gets_nowhere_and_a_party_cannot_be_the_owner(tmp_
         assert owner.status()["parties"] == {}
 
 
-def test_an_expired_certificate_gets_nowhere(tmp_path):
-    policy = Policy(certificate_days=1.5 / 86400)
-    with service(tmp_path / "o", policy=policy) as owner:
+def test_an_expired_certificate_gets_nowhere(tmp_path, monkeypatch):
+    with service(tmp_path / "o") as owner:
         member = joined(owner.authority, tmp_path, "a", owner.address)
-        with channel(member, reconnect=HASTY) as wire:
+        with channel(member) as wire:
             wire.submit(step_request(1)).result(10)
-            time.sleep(1.6)
+            later = time.time() + 91 * 86400
+            monkeypatch.setattr(time, "time", lambda: later)
             with pytest.raises(Refused) as refusal:   # on the stream that was opened in time
                 wire.submit(step_request(2)).result(10)
             assert refusal.value.reason == "expired"
-        with pytest.raises(RefusedError, match="expired"):
-            GrpcChannel(member, hello(), HASTY)
+            with pytest.raises(RefusedError, match="expired"):   # the client looks before it connects
+                GrpcChannel(member, hello(), HASTY)
+            monkeypatch.undo()
+        key = member.credential().key
+        old = Credential(key, issue(owner.authority.credential, member.request(), "a", PARTY, -3600))
+        monkeypatch.setattr(Membership, "credential", lambda self: old)   # a client that does not look: the handshake refuses
+        with channel(member, reconnect=HASTY) as wire, pytest.raises(OwnerAway):
+            _ = wire.welcome
 
 
 def test_status_metrics_and_audit_tell_facts_and_no_content(tmp_path):
@@ -357,13 +399,10 @@ def test_a_stream_whose_party_sends_no_more_gets_its_answers_and_ends(tmp_path):
     back = ToyBack()
     with service(tmp_path / "o", back) as owner:
         member = joined(owner.authority, tmp_path, "a", owner.address)
-        wire = secure_channel(owner.address, member.authority, member.credential())
         for step in range(1, 40):
             back.seconds = (step % 3) * 0.001
             sent = [frame_of(hello(run=f"r{step}")), frame_of(step_request(step), id=9)]
-            heard = [assemble(chunk, asks=False).header for chunk in wire.stream_stream(STREAM)(iter(sent), timeout=5)]
-            assert [head.kind.name for head in heard] == ["welcome", "loss-reply"] and heard[1].id == 9
-        wire.close()
+            assert [type(message) for message in raw_stream(owner, member, sent)] == [Welcome, LossReply]
 
 
 def test_a_closed_channel_takes_nothing(tmp_path):

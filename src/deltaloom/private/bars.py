@@ -34,7 +34,7 @@ from deltaloom.evaluate.base import Task
 from deltaloom.events import Emitter
 from deltaloom.private.back import Back
 from deltaloom.private.cut import Half, Holder, split, tensors_of
-from deltaloom.private.front import FrontModel, Learner
+from deltaloom.private.front import FrontModel, Labels, Learner
 from deltaloom.private.local import LocalChannel
 from deltaloom.private.means.base import Mean, Weighed
 from deltaloom.private.means.weighted import Weighted
@@ -68,7 +68,7 @@ class BarSettings(Settings):
     """Blocks in the front."""
     head: Holder = "owner"
     """Who holds the head; a new one is at the party, where it trains."""
-    labels: Holder = "owner"
+    labels: Labels = "owner"
     """Where the loss is computed."""
     rounds: int = Field(1, ge=1)
     """Joint rounds of split tuning."""
@@ -84,7 +84,7 @@ class BarSettings(Settings):
     @model_validator(mode="after")
     def _check_head(self) -> BarSettings:
         if self.head == "party" and self.labels == "owner":
-            raise ValueError("an owner without the head cannot compute a loss: head: party needs labels: party")
+            raise ValueError("an owner without the head cannot compute a loss: head: party needs labels: home")
         return self
 
 
@@ -159,7 +159,7 @@ def measure(model: PreTrainedModel, emulator: PreTrainedModel, comparison: Compa
     settings, task = comparison.settings, comparison.task
     if comparison.heads and settings.head == "owner":
         raise RefusedError("a head that trains must be at the party, because the owner's side never trains", got="head: owner",
-                           legal="head: party with labels: party")
+                           legal="head: party with labels: home")
     check_emulator(model, emulator, settings.cut)
     front, back = split(model, task.name, settings.cut, head=settings.head)
     methods = [on_front(method, front) for method in comparison.methods]

@@ -1,6 +1,6 @@
 """The party's model: a tuned front with the back behind it, called as a whole model is.
 
-    model = FrontModel(tuned, front, remote, labels="party")
+    model = FrontModel(tuned, front, remote, labels="home")
     train(tuned, Learner(task, model), feed, ..., ahead=channel.window, before_step=remote.begin)
     task.predict_all(model, examples)          # or jobs.scoring.score(task, model, ...)
 """
@@ -27,13 +27,13 @@ from deltaloom.private.remote import Packing, RemoteBack
 from deltaloom.private.replay import class_logits, packed, row_mask, run_front, unpacked
 from deltaloom.tuned import Tuned
 
-Labels = Literal["owner", "party"]
+Labels = Literal["owner", "home"]
 
 
 class FrontModel(PlaceLosses):
     """A tuned front and the remote back as one model, for tasks and evaluation.
 
-    `labels`: "owner" sends labels, and losses come back; "party" asks for outputs at the label positions, and they stay.
+    `labels`: "owner" sends labels, and losses come back; "home" asks for outputs at the label positions, and they stay.
 
     Raises:
         RefusedError: a soft prompt at the front, or labels for an owner without a head.
@@ -46,7 +46,7 @@ class FrontModel(PlaceLosses):
                                hint="Use a prefix: keys and values of the front's own blocks.")
         if labels == "owner" and front.has_head:
             raise RefusedError("the head is at the party, so that the owner can compute no loss", got="labels: owner",
-                               legal="labels: party")
+                               legal="labels: home")
         self.tuned = tuned
         self.front = front
         self.remote = remote

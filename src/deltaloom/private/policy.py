@@ -48,7 +48,7 @@ class Policy(Settings):
     cut: Count = Field(2, description="layers of the front; the party's prefix sits only on these")
     methods: list[str] | None = Field(None, description="methods a party may announce; null: any")
     codecs: list[str] = Field(["fp32", "bf16", "int8"], description="how tensors may travel")
-    labels: list[str] = Field(["owner", "party"], description="where labels may be: shared with the owner, or at home")
+    labels: list[str] = Field(["owner", "home"], description="where labels may be: shared with the owner, or at home")
     guards: list[str] | None = Field(None, description="guards a party may announce; null: any")
     required_guards: list[str] = Field([], description="guards every party must announce")
     certificate_days: float = Field(90, gt=0, le=3650)
@@ -61,7 +61,7 @@ class Policy(Settings):
         Raises:
             SettingsError: an unknown codec or place of labels.
         """
-        for what, given, legal in (("codecs", self.codecs, names_in(CODECS)), ("labels", self.labels, ["owner", "party"])):
+        for what, given, legal in (("codecs", self.codecs, names_in(CODECS)), ("labels", self.labels, ["owner", "home"])):
             odd = sorted(set(given) - set(legal))
             if odd or not given:
                 raise SettingsError(f"policy.{what}", got=odd[0] if odd else given, legal=legal)

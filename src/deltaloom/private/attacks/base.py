@@ -34,11 +34,14 @@ class Knowledge:
     """What the attacker has: a front, with or without the party's prefix, the embeddings, public text, perhaps a prior.
 
     `table`: (vocabulary, d) input embeddings. `causal`: a row depends on the tokens before it only. `before`, `after`: ids that
-    stand around every text. `prior`: a language model of the owner's, None for none. What was computed once is kept.
+    stand around every text. `prior`: a language model of the owner's, None for none. `tokens`: those that are tried where all
+    are tried, e.g. the words of a language; None for the whole vocabulary. What was computed once is kept.
     """
 
     def __init__(self, front: Front, table: Tensor, public: Sequence[Tensor], *, causal: bool, before: tuple[int, ...] = (),
-                 after: tuple[int, ...] = (), prior: Prior | None = None, batch_tokens: int = 8192) -> None:
+                 after: tuple[int, ...] = (), prior: Prior | None = None, tokens: Tensor | None = None,
+                 batch_tokens: int = 8192) -> None:
+        self.tokens = torch.arange(len(table)) if tokens is None else tokens
         self.front, self.table, self.public, self.causal = front, table.detach().float(), tuple(public), causal
         self.before, self.after, self.prior, self._batch_tokens = before, after, prior, batch_tokens
 
@@ -63,14 +66,13 @@ class Knowledge:
 
     @cached_property
     def probe(self) -> Tensor:
-        """(2, vocabulary, d): each token as the first of a text, and behind the commonest token."""
+        """(2, tokens, d): each of the tokens as the first of a text, and behind the commonest token."""
         common = (int(self.frequency.argmax()),)
         return torch.stack([self._probed(self.before), self._probed((*self.before, *common))])
 
     def _probed(self, lead: tuple[int, ...]) -> Tensor:
-        tokens = torch.arange(len(self.table))
-        ends = [torch.tensor(side, dtype=torch.int64).expand(len(tokens), -1) for side in (lead, self.after)]
-        ids = torch.cat([ends[0], tokens[:, None], ends[1]], dim=1)
+        ends = [torch.tensor(side, dtype=torch.int64).expand(len(self.tokens), -1) for side in (lead, self.after)]
+        ids = torch.cat([ends[0], self.tokens[:, None], ends[1]], dim=1)
         rows = max(1, self._batch_tokens // ids.shape[1])
         with torch.no_grad():
             return torch.cat([self.front(part)[:, len(lead)].float() for part in ids.split(rows)])
@@ -82,9 +84,21 @@ class Knowledge:
         return torch.bincount(torch.cat(inner), minlength=len(self.table))
 
     def nearest(self, chain: Chain) -> Nearest:
-        """Search of the probe table as it looks through the guards."""
+        """Search of the probe table as it looks through the guards, by Euclidean distance; entries are places in `tokens`."""
         from deltaloom.private.attacks._nearest import Nearest
         return Nearest(chain.centre(self.probe))
+
+    def likeliest(self, chain: Chain) -> Nearest:
+        """The same with the metric of what contexts and noise do to a token's row (Mahalanobis), learned from public text.
+
+        Squared distances are then twice the negative log-likelihood of a Gaussian, up to a constant.
+        """
+        from deltaloom.private.attacks._nearest import Nearest, whitening
+        places = torch.full((len(self.table),), -1).scatter(0, self.tokens, torch.arange(len(self.tokens)))
+        at = torch.cat([places[row] for row in self.public])
+        probes = chain.centre(self.probe)
+        shift, map_ = whitening(torch.cat(sent(chain, self.hidden))[at >= 0] - probes[1][at[at >= 0]])
+        return Nearest((probes + shift) @ map_, map_)
 
 
 def sent(chain: Chain, rows: Sequence[Tensor], draw: int = 0) -> list[Tensor]:

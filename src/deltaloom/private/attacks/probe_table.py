@@ -25,4 +25,4 @@ class ProbeTable(TokenAttack):
     def recover(self, known: Knowledge, chain: Chain, seen: Sequence[Tensor]) -> list[Tensor]:
         """The nearest probes of every row."""
         search = known.nearest(chain)
-        return [search.top(row, self.guesses) for row in seen]
+        return [known.tokens[search.top(row, self.guesses)] for row in seen]

@@ -24,12 +24,12 @@ class SequentialMatching(TokenAttack):
     guesses: int = 5
     """Guesses for each token."""
     candidates: int = Field(default=64, ge=1)
-    """Nearest tokens of the probe table that are tried at each position."""
+    """Likeliest tokens of the probe table that are tried at each position."""
     sweeps: int = Field(default=2, ge=1)
     """Over the whole text, where rows depend on later tokens."""
 
     def recover(self, known: Knowledge, chain: Chain, seen: Sequence[Tensor]) -> list[Tensor]:
         """The candidates that come nearest."""
-        search = known.nearest(chain)
-        return match(known, chain, seen, lambda rows, _: search.top(rows, self.candidates), lambda distances, *_: distances,
-                     sweeps=self.sweeps, guesses=self.guesses)
+        search = known.likeliest(chain)
+        return match(known, chain, seen, lambda rows, _: known.tokens[search.top(rows, self.candidates)],
+                     lambda distances, *_: distances, sweeps=self.sweeps, guesses=self.guesses)

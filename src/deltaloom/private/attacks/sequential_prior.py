@@ -34,7 +34,7 @@ class SequentialPrior(TokenAttack):
 
     def recover(self, known: Knowledge, chain: Chain, seen: Sequence[Tensor]) -> list[Tensor]:
         """The candidates that are likeliest."""
-        search = known.nearest(chain)
+        search = known.likeliest(chain)
         unigram = ((known.frequency.float() + 0.1) / (known.frequency.float() + 0.1).sum()).log()
         last: dict[str, Tensor] = {}
 
@@ -48,10 +48,8 @@ class SequentialPrior(TokenAttack):
             expected = prior(ids)
             last["expected"] = expected
             half = self.candidates // 2
-            squares = (rows.float() ** 2).sum(1, keepdim=True)
-            distances = (search.distances(rows) + squares).clamp(min=0).sqrt()
-            joint = (expected - chain.surprise(distances)).topk(min(half, expected.shape[1])).indices
-            return torch.cat([joint, search.top(rows, self.candidates - half)], dim=1)
+            joint = (expected[:, known.tokens] - search.distances(rows) / 2).topk(min(half, len(known.tokens))).indices
+            return known.tokens[torch.cat([joint, search.top(rows, self.candidates - half)], dim=1)]
 
         def cost(distances: Tensor, candidates: Tensor, ids: Tensor) -> Tensor:
             expected = last["expected"] if known.causal else unigram.expand(len(candidates), -1)

@@ -53,9 +53,12 @@ def encode_frame(header: dict[str, Any], buffers: Iterable[bytes]) -> bytes:
     if len(packed) > MOST_HEADER:
         raise Refused("oversized", "a header that should be sent is too large", got=f"{len(packed)} bytes",
                       legal=f"up to {MOST_HEADER}")
-    body = b"".join(part for buffer in buffers for part in (buffer, bytes(padded(len(buffer)) - len(buffer))))
-    start = PREAMBLE.pack(MAGIC, VERSION, 0, len(packed), len(body)) + packed
-    return b"".join((start, body, CRC.pack(zlib.crc32(body, zlib.crc32(start)))))
+    parts = [part for buffer in buffers for part in (buffer, bytes(padded(len(buffer)) - len(buffer)))]
+    start = PREAMBLE.pack(MAGIC, VERSION, 0, len(packed), sum(map(len, parts))) + packed
+    crc = zlib.crc32(start)
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return b"".join((start, *parts, CRC.pack(crc)))
 
 
 def chunks(frame: bytes) -> Iterator[bytes]:

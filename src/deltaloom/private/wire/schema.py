@@ -129,7 +129,7 @@ ENVELOPE = {"kind": checks.name(WORD), "id": checks.whole(), "party": checks.nam
                              lambda value: isinstance(value, list) and len(value) <= MOST_TENSORS)}
 HELLO = {"run": SESSION, "purpose": checks.word("training", "inference", "rounds"), "package": checks.text(40),
          "codec": checks.name(WORD), "cut": checks.whole(), "method": checks.name(WORD), "guards": checks.names(WORD),
-         "labels": checks.word("owner", "party"), "fingerprint": checks.text(100)}
+         "labels": checks.word("owner", "home"), "fingerprint": checks.text(100)}
 WELCOME = {"facts": checks.facts(), "window": checks.whole(1, 1024), "limits": checks.facts(), "audit": checks.text(100)}
 KINDS = {kind.name: kind for kind in (
     Kind("hello", True, HELLO),
