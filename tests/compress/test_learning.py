@@ -144,3 +144,39 @@ def test_what_an_emulator_keeps_is_not_trained_later():
         Heal(deltas=({"method": "lora", "rank": 2, "layers": [0]},)).apply(work)
     with pytest.raises(TargetError, match="no site is left"):
         Heal(deltas=({"method": "full", "targets": ["lm_head"]},)).apply(work)
+
+
+@pytest.mark.parametrize("ratio", [0.5])
+def test_factors_are_trained_as_factors(ratio):
+    from deltaloom.compact.face import compact_layers
+    from deltaloom.compress.svd import SVD
+
+    work = counting_work(learned_toy())
+    SVD(ratio=ratio).apply(work)
+    before, names = held_out_loss(work.model), {name: t.shape for name, t in work.model.state_dict().items()}
+    Heal(train=TRAIN).apply(work)
+    assert held_out_loss(work.model) < 0.9 * before
+    assert {name: t.shape for name, t in work.model.state_dict().items()} == names
+    assert all(layer.form()["form"] == "factored" for layer in compact_layers(work.model).values())
+
+
+def test_shared_factors_stay_shared_or_training_is_refused():
+    from deltaloom.compress.base import weight_bytes
+    from deltaloom.compress.shared_basis import SharedBasis
+
+    work = counting_work(learned_toy())
+    SharedBasis(ratio=0.6).apply(work)
+    before, size = held_out_loss(work.model), weight_bytes(work.model)
+    with pytest.raises(RefusedError, match="share a factor"):
+        Heal(train=TRAIN).apply(work)
+    assert held_out_loss(work.model) == before and weight_bytes(work.model) == size
+    Distil(train=TRAIN).apply(work)
+    assert held_out_loss(work.model) < 0.99 * before and weight_bytes(work.model) == size
+
+
+def test_filled_zeros_are_told():
+    from deltaloom.compress.magnitude import Magnitude
+
+    work = counting_work(learned_toy())
+    Magnitude().apply(work)
+    assert any("zeros" in note for note in Heal(train=TRAIN).apply(work).notes)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from deltaloom.compact import FactoredLinear
 from deltaloom.compact.face import compact_layers, put
+from deltaloom.errors import RefusedError, listed
+from deltaloom.tuned import Tuned
+from deltaloom.tuned.adapted import Adapted
 
 
 class Factors(nn.Module):
@@ -38,9 +41,11 @@ class Factors(nn.Module):
         found: Tensor = self.left(self.right(x))
         return found
 
-    def closed(self) -> FactoredLinear:
-        """The layer of the factors as they are now."""
+    def closed(self, kept: dict[int, nn.Parameter]) -> FactoredLinear:
+        """The layer of the factors as they are now; `kept` holds those of other layers, which may share them."""
         layer = FactoredLinear(self.right.weight, self.left.weight, self.left.bias)
+        layer.right = kept.setdefault(id(self.right.weight), layer.right)
+        layer.left = kept.setdefault(id(self.left.weight), layer.left)
         layer.transposed = self.transposed
         return layer.train(self.training)
 
@@ -56,7 +61,26 @@ def opened_factors(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        kept: dict[int, nn.Parameter] = {}
         for path in paths:
             pair = model.get_submodule(path)
             if isinstance(pair, Factors):
-                put(model, path, pair.closed())
+                put(model, path, pair.closed(kept))
+
+
+def check_shared(tuned: Tuned) -> None:
+    """That layers which share a factor would go on sharing it.
+
+    Raises:
+        RefusedError: they would be trained apart.
+    """
+    places: dict[int, list[str]] = {}
+    for path, module in tuned.model.named_modules():
+        if isinstance(module, Adapted) and isinstance(module.base, nn.Linear):
+            places.setdefault(id(module.base.weight), []).append(path)
+    trained = {site.path: delta.override().get("weight") for site, delta in tuned.pairs()}
+    apart = [paths for paths in places.values() if len(paths) > 1
+             and (trained[paths[0]] is None or any(trained[path] is not trained[paths[0]] for path in paths))]
+    if apart:
+        raise RefusedError("these layers share a factor, and deltas beside it would part them", got=listed(apart[0], 4),
+                           hint="Train whole tensors (the default of distil), or heal before sharing.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deltaloom.compress._blocks import stacks_of
-from deltaloom.compress._factors import opened_factors
+from deltaloom.compress._factors import check_shared, opened_factors
 from deltaloom.compress.base import Facts, Work
 from deltaloom.deltas.base import Method, layer_indices, method_from
 from deltaloom.deltas.full import Full
@@ -112,6 +112,7 @@ def _learn(work: Work, methods: Sequence[Method], learner: Learner, settings: Tr
     trained = sum(tuned.counts())
     try:
         refuse_unfoldable(tuned.pairs())
+        check_shared(tuned)
         result = train(tuned, learner, feed, settings=settings, emit=Emitter([note]), seed=seed)
         merged = bake(tuned)
     except BaseException:
