@@ -25,6 +25,8 @@ from deltaloom.cli import (
     merge,
     methods,
     models,
+    owner,
+    party,
     plan,
     predict,
     report,
@@ -63,6 +65,8 @@ app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("methods")(methods.methods)
 app.add_typer(models.app, name="models")
+app.add_typer(owner.app, name="owner")
+app.add_typer(party.app, name="party")
 app.command("doctor")(doctor.doctor)
 app.command("init")(init.init)
 

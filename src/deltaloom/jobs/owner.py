@@ -1,4 +1,4 @@
-"""What a model owner does: a folder with keys and policy, invites, revocation, and a look at what happened. Serving is `serve`."""
+"""What a model owner does: a folder with keys and policy, invites, revocation, and a look at what happened."""
 
 from __future__ import annotations
 

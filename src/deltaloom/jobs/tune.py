@@ -72,6 +72,7 @@ def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bo
     with ExitStack() as stack:
         engine = through(prepared)
         stack.callback(engine.close)
+        prepared = engine.prepared
         planned = planned_steps(parts.train, feed_of(prepared))
         if planned is not None:
             engine.tuned.controllers(StepPlan(planned))  # raises where the run is too short for them, before anything is removed
