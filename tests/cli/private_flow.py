@@ -1,4 +1,4 @@
-"""What the tests of private tuning's commands share: a toy model and its emulator in folders, and real processes of the command."""
+"""What the tests of the commands of private tuning share: a toy model, its emulator, and real processes of the command."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ class Owner(Process):
 
     def __init__(self, folder: Path, model: Path, listen: str = "127.0.0.1:0", *more: object) -> None:
         (folder / "status.json").unlink(missing_ok=True)
-        super().__init__(folder.parent / "owner.log", "owner", "serve", folder, "--model", model, "--cut", "1", "--listen", listen,
-                         *more)
+        super().__init__(folder.parent / "owner.log", "owner", "serve", folder, "--model", model, "--cut", "1",
+                         "--listen", listen, *more)
         self.address = wait_for(lambda: _address(folder / "status.json"), self)
 
     def stop(self) -> int:

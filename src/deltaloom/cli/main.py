@@ -22,6 +22,7 @@ from deltaloom.cli import (
     evaluate,
     init,
     inspect,
+    leakage,
     merge,
     methods,
     models,
@@ -29,6 +30,7 @@ from deltaloom.cli import (
     party,
     plan,
     predict,
+    private_demo,
     report,
     tune,
 )
@@ -67,6 +69,8 @@ app.command("methods")(methods.methods)
 app.add_typer(models.app, name="models")
 app.add_typer(owner.app, name="owner")
 app.add_typer(party.app, name="party")
+app.command("leakage")(leakage.leakage)
+app.command("private-demo")(private_demo.private_demo)
 app.command("doctor")(doctor.doctor)
 app.command("init")(init.init)
 
