@@ -36,13 +36,24 @@ def init(folder: Path, name: str, *, cut: int | None = None) -> dict[str, Any]:
     return {"owner": name, "folder": str(folder), "policy": str(folder / POLICY), "cut": policy.cut}
 
 
+def authority_of(folder: Path) -> Authority:
+    """The authority of an owner's folder.
+
+    Raises:
+        UsageError: it is none, or its key can be read by others.
+    """
+    if not (folder / "authority.key").exists():
+        raise UsageError("this is no owner's folder", got=str(folder), hint="`deltaloom owner init DIR --name NAME` makes one.")
+    return Authority(folder)
+
+
 def invite(folder: Path, party: str, output: Path, *, address: str | None = None, days: float = 7.0) -> dict[str, Any]:
     """Write a one-time invite for a party; `address`: where it will find the owner (default: where the owner served last).
 
     Raises:
         RefusedError: the file exists, or that party was revoked. SettingsError: an illegal name. UsageError: no owner's folder.
     """
-    authority = Authority(folder)
+    authority = authority_of(folder)
     check_name(party)
     if output.exists():
         raise RefusedError("the file exists", got=str(output), hint="Choose another name.")
@@ -62,7 +73,7 @@ def revoke(folder: Path, party: str) -> dict[str, Any]:
     Raises:
         UsageError: no such party.
     """
-    revoked = Authority(folder).revoke(party)
+    revoked = authority_of(folder).revoke(party)
     Audit(folder / AUDIT).write("owner", "revoked", durable=True, party=party, certificates=revoked)
     return {"party": party, "revoked": revoked}
 
@@ -73,7 +84,7 @@ def status(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: no owner's folder. CheckpointError: the audit log is broken.
     """
-    authority, policy, last = Authority(folder), read_policy(folder / POLICY), _status(folder)
+    authority, policy, last = authority_of(folder), read_policy(folder / POLICY), _status(folder)
     records = read_audit(folder / AUDIT) if (folder / AUDIT).exists() else []
     usage = Usage(records)
     certificates = authority.parties()
@@ -99,7 +110,7 @@ def audit(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a line was changed, removed or inserted; names the first such line.
     """
-    Authority(folder)  # that it is an owner's folder
+    authority_of(folder)
     if not (folder / AUDIT).exists():
         raise CheckpointError("there is no audit log yet", got=str(folder), hint="It begins with the first invite.")
     head = verify(folder / AUDIT)

@@ -36,9 +36,12 @@ from deltaloom.private.process import shared_environment
 from deltaloom.private.settings import PrivateSettings, parse_private
 from deltaloom.report.private import demo_page, demo_text
 from deltaloom.settings import Settings
+from deltaloom.train.settings import TrainSettings
 
 COMMAND = [sys.executable, "-c", "from deltaloom.cli.main import main; main()"]
 START_SECONDS, LOG_TAIL = 180.0, 1500
+NO_EVALUATION: dict[str, Any] = {"eval_every": None, "early_stop": None, "metric": None, "restore_best": False,
+                                 "batch_tokens": None}
 Say = Callable[[str], None]
 
 
@@ -46,11 +49,11 @@ class DemoSettings(Settings):
     """The size of the demo."""
 
     rows: int = Field(128, ge=4, description="training rows of all parties together, the first of the run file's")
-    held_out: int = Field(40, ge=1, description="held-out rows")
+    held_out: int = Field(32, ge=1, description="held-out rows")
     shares: tuple[float, ...] = Field((0.75, 0.25), description="each party's share of the rows")
     rounds: int = Field(2, ge=1, description="joint rounds of split tuning, each of train.max_steps steps")
     keep_last: int = Field(2, ge=0, description="last blocks that the emulator keeps")
-    middle: int = Field(4, ge=0, description="blocks between that the emulator keeps")
+    middle: int = Field(12, ge=0, description="blocks between that the emulator keeps")
     attacked: int = Field(8, ge=2, description="texts that are attacked")
     noise: tuple[float, ...] = Field((4.0,), description="noise for the leakage table, in multiples of an activation's size")
     attacks: tuple[str, ...] = Field((), description="attacks; none named: all")
@@ -96,8 +99,8 @@ def private_demo(run: Run, folder: Path, demo: DemoSettings | None = None, *, sa
         facts = _tuned(run, parts, private, demo, folder, model, data, processes, say)
     first = facts["metrics"]["a"]
     say("Measuring the bars")
-    central = parts.train.model_copy(update={"max_steps": demo.rounds * parts.train.max_steps,
-                                             "batch_size": len(data) * (parts.train.rows_per_step or 16)})
+    central = TrainSettings(**parts.train.given() | NO_EVALUATION | {
+        "max_steps": demo.rounds * parts.train.max_steps, "batch_size": len(data) * (parts.train.rows_per_step or 16)})
     everything = Parties({name: folder / name / party_jobs.EMULATED / "delta" for name in data},
                          {name: folder / "data" / name / "train.jsonl" for name in data})
     found = bars(model, str(folder / "emulator"), parts, everything, folder / "data" / "dev.jsonl", central, cut=private.cut,

@@ -14,13 +14,12 @@ from torch import Tensor
 from deltaloom.deltas.base import Method, method_from
 from deltaloom.errors import RefusedError, SettingsError, UsageError
 from deltaloom.files import write_atomic
-from deltaloom.jobs.owner import ADDRESS, POLICY
+from deltaloom.jobs.owner import ADDRESS, POLICY, authority_of
 from deltaloom.jobs.prepare import DTYPES, head_methods
 from deltaloom.jobs.runfile import read_mapping
 from deltaloom.models import LoadedModel, load_model, own_task
 from deltaloom.models.load import NEW_HEAD
 from deltaloom.private.audit import Audit
-from deltaloom.private.authority import Authority
 from deltaloom.private.back import Back
 from deltaloom.private.bars import on_front
 from deltaloom.private.coordinating import DurableRounds
@@ -74,7 +73,7 @@ def serve(folder: Path, served: Served, *, listen: str = ADDRESS, rounds: Rounds
         UsageError: no owner's folder, another server runs on it, or the address cannot be used.
         SettingsError, RefusedError: the model cannot be cut so, or the rounds' settings contradict one another.
     """
-    Authority(folder)
+    authority_of(folder)
     policy = read_policy(folder / POLICY)
     if served.cut is not None:
         policy = policy.model_copy(update={"cut": served.cut})
