@@ -16,7 +16,7 @@ from tests.private.owned import QUICK, cut_off, hello, joined, service
 from tests.private.pieces import PREFIX, run_front, run_split, settings_for, task_name, three_blocks
 
 pytestmark = pytest.mark.timeout(120)
-CASES = [("llama", "owner", "owner"), ("llama", "party", "party"), ("bert", "party", "party")]
+CASES = [("llama", "owner", "owner"), ("llama", "home", "party"), ("bert", "home", "party")]
 
 
 def halves(layout: str, head: str):
