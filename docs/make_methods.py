@@ -1,28 +1,30 @@
-"""Writes docs/methods/NAME.md from each method's own docstring and settings: python docs/make_methods.py"""
+"""Writes docs/methods/NAME.md and docs/compressors/NAME.md from each one's own docstring: python docs/make_methods.py"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from deltaloom.jobs.methods import MethodFacts, catalogue
+from deltaloom.jobs.methods import MethodFacts, catalogue, compressors
 
-FOLDER = Path(__file__).parent / "methods"
+DOCS = Path(__file__).parent
+METHOD_USE = "In a run file: `- {method: NAME}`."
+COMPRESSOR_USE = "`deltaloom compress MODEL -o DIR --method NAME`, or in the list `compress` of a run file: `- {method: NAME}`."
 
 
-def page(method: MethodFacts) -> str:
+def page(method: MethodFacts, use: str) -> str:
     """One page: the formula and paper as the file states them, and a table of settings."""
     rows = [f"| `{s.name}` | `{s.type.replace(' | ', ' or ')}` | `{s.default}` | {s.about} |" for s in method.settings]
-    use = "In a run file: `- {method: " + method.name + "}`."
-    return "\n".join([f"# {method.name}", "", "```text", method.text, "```", "", use, "",
+    return "\n".join([f"# {method.name}", "", "```text", method.text, "```", "", use.replace("NAME", method.name), "",
                       "| setting | type | default | meaning |", "|---|---|---|---|", *rows, ""])
 
 
 def pages() -> dict[str, str]:
-    """File name -> content of every page."""
-    return {f"{method.name}.md": page(method) for method in catalogue()}
+    """Path below docs -> content of every page."""
+    return ({f"methods/{method.name}.md": page(method, METHOD_USE) for method in catalogue()}
+            | {f"compressors/{each.name}.md": page(each, COMPRESSOR_USE) for each in compressors()})
 
 
 if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
     for name, text in pages().items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
+        (DOCS / name).parent.mkdir(exist_ok=True)
+        (DOCS / name).write_text(text, encoding="utf-8")

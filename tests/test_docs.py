@@ -1,4 +1,4 @@
-"""The pages of docs/methods are those that the methods' docstrings make."""
+"""The pages of docs/methods and docs/compressors are those that the docstrings make."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def test_the_methods_pages_are_current() -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    written = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "methods").glob("*.md")}
+    written = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8")
+               for folder in ("methods", "compressors") for path in (DOCS / folder).glob("*.md")}
     assert written == module.pages(), "run python docs/make_methods.py"
 
 

@@ -15,7 +15,6 @@ import pytest
 TESTS = Path(__file__).parent
 
 ONE_PROCESS = "Cannot occur: training is one process on one device; nothing is sharded."
-NO_QUANTISED = "Cannot occur yet: this version loads no quantised base, and gguf files are dequantised when they are read."
 
 # (source, case, tests by `file::function`, or a reason why it cannot occur)
 SILENT = [
@@ -110,7 +109,8 @@ ARITHMETIC = [
     ("peft#1388, #2502, #1836, #1035, #3412", "merging in 16 bits rounds and gives no measure; unmerging is not exact",
      ["tuned/test_merging.py::test_the_rounding_error_is_reported_and_unmerging_16_bits_is_exact",
       "tuned/test_merging.py::test_logits_error_is_measured_and_leaves_the_state_alone"]),
-    ("peft#2321, #1043, #2105, #1080, tf#31293, qlora#28", "merging into a base of 4 bits loses quality", NO_QUANTISED),
+    ("peft#2321, #1043, #2105, #1080, tf#31293, qlora#28", "merging into a base of 4 bits loses quality",
+     ["tuned/test_merging_quantised.py::test_merging_is_dense_by_default_and_says_what_requantising_costs"]),
     ("peft#3216", "unmerging scales divides by nearly zero, or forgets biases",
      ["tuned/test_merging.py::test_scales_of_zero_come_back",
       "tuned/test_merging.py::test_merged_equals_unmerged_and_unmerging_is_bit_exact"]),

@@ -200,6 +200,7 @@ def test_commands_that_do_not_fit_what_they_are_given(finished, models, tmp_path
         assert "weight" in message
     assert "two or more" in command.refused("combine", finished / "run", "-o", tmp_path / "out")
     assert "peft" in command.refused("convert", finished / "run", "--to", "pefft", "-o", tmp_path / "out")
+    assert "share" in command.refused("convert", finished / "run", "--to", "lora", "--error", "1.5", "-o", tmp_path / "out")
     assert "fp33" in command.refused("merge", finished / "run", "--dtype", "fp33", "-o", tmp_path / "out")
     assert "not empty" in command.refused("merge", finished / "run", "-o", finished)
     assert "data section" in command.refused("eval", finished / "run", "--data", finished / "dev.jsonl", "-s", "seed=3")

@@ -130,6 +130,8 @@ def test_convert_to_every_format_and_back(runs, tmp_path, command):
     back = command.json("convert", tmp_path / "peft", "--to", "native", "-o", tmp_path / "back")
     assert back["relative_error"] == 0
     assert command.json("eval", tmp_path / "back", "--data", rows)["metrics"] == pytest.approx(expected, rel=2e-3)
+    near = command.json("convert", runs["c"], "--to", "lora", "--error", 0.5, "-o", tmp_path / "near")
+    assert 0 < near["relative_error"] <= 0.5
     cut = command.json("convert", runs["c"], "--to", "lora", "--rank", 1, "-o", tmp_path / "cut")
     assert 0 < cut["relative_error"] < 1
     assert command.json("merge", tmp_path / "peft", "-o", tmp_path / "merged")["logits_max_error"] < 1e-4

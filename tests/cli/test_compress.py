@@ -60,7 +60,8 @@ def test_a_smaller_folder_that_transformers_loads(command, place, tmp_path):
 
 def test_the_emulator_from_flags_and_its_proof(command, place, tmp_path):
     found = command.json("compress", "--method", "emulator", "--keep-first", "2", "--keep-last=1", "--middle", "1",
-                         place / "deep", "-o", tmp_path / "out", "--distil", place / "text.train.jsonl", "-s", "data.max_length=64")
+                         place / "deep", "-o", tmp_path / "out", "--distil", place / "text.train.jsonl", "-s",
+                         "data.max_length=64")
     assert [step["step"]["method"] for step in found["steps"]] == ["emulator", "distil"]
     hashes = found["steps"][0]["facts"]["hashes"]
     load = transformers.AutoModelForCausalLM.from_pretrained

@@ -30,7 +30,7 @@ def test_sizes_are_those_of_the_sketch_and_within_the_budget(cls, layout):
     compressor = cls(ratio=0.7, ranks="uniform")
     done, facts = compressed(compressor, layout)
     assert weight_bytes(done.model) == weight_bytes(sketched(compressor, layout)) < weight_bytes(toy(layout))
-    greedy = cls(ratio=0.7)
+    greedy = cls(ratio=0.7, ranks="greedy")
     loose = work(layout)
     greedy_facts = greedy.apply(loose)
     assert weight_bytes(loose.model) == weight_bytes(done.model)

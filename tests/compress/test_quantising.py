@@ -48,7 +48,7 @@ def textbook(weight, gram, codec, damping, order):
 
 
 @pytest.mark.parametrize("order", ["natural", "energy"])
-@pytest.mark.parametrize("d_in,group", [(24, 8), (24, 24), (26, 8), (300, 64)])
+@pytest.mark.parametrize("d_in,group", [(24, 8), (24, 24), (26, 8), (300, 64), (300, 100)])
 def test_gptq_is_the_textbooks_slow_loop(order, d_in, group):
     weight, gram = case(4, d_in, samples=2 * d_in)
     codec = Int4(group=group)

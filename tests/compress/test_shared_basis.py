@@ -14,6 +14,7 @@ from deltaloom.compress.drop_layers import DropLayers
 from deltaloom.compress.shared_basis import SharedBasis
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError
 from deltaloom.linalg.matrix import refitted_left
+from deltaloom.models import describe
 from deltaloom.models.compact import CompactConfig, record_forms, shared_factors
 from tests.compress.pieces import LAYOUTS, compressed, meta, outputs, shapes, sketched, work
 from tests.toys import toy
@@ -107,6 +108,9 @@ def test_shared_factors_are_saved_once_and_shared_again(layout, tmp_path):
     assert weight_bytes(again) == weight_bytes(done.model)
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").stat().st_size == size
+    if layout in ("llama", "gpt2"):
+        facts = describe(tmp_path / "m")
+        assert facts.parameters == parameter_count(done.model) and facts.weight_bytes == weight_bytes(done.model)
     twice = copy.deepcopy(again)
     assert weight_bytes(twice) == weight_bytes(again)
 

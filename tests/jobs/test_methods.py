@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from deltaloom import deltas
+from deltaloom.compress.base import Compressor
 from deltaloom.deltas.base import Method, method_from
 from deltaloom.errors import SettingsError
-from deltaloom.jobs.methods import catalogue, method_text, one_or_all
+from deltaloom.jobs.methods import catalogue, compressors, method_text, one_or_all
 from deltaloom.registry import class_named, names_in
 
 NAMES = names_in("deltaloom.deltas")
@@ -28,6 +29,15 @@ def test_settings_are_those_of_the_class_with_defaults_as_written(name):
         if setting.default not in ("required", "made anew") and not setting.default.isupper():
             assert setting.default == repr(fields[key].default), key
     assert [key for key, setting in facts.items() if not setting.about] == []
+
+
+@pytest.mark.parametrize("name", names_in("deltaloom.compress"))
+def test_settings_of_a_compressor_are_those_of_its_class(name):
+    found = {fact.name: fact for fact in compressors()}[name]
+    assert found.summary.endswith((".", ":")) and not found.fault
+    fields = class_named("deltaloom.compress", name, Compressor, "compressor").model_fields
+    assert {setting.name for setting in found.settings} == set(fields)
+    assert [setting.name for setting in found.settings if not setting.about] == []
 
 
 def test_it_needs_no_torch():

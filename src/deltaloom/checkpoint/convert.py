@@ -56,13 +56,22 @@ def to_lora(tuned: Tuned, name: str | None = None, rank: int | None = None, erro
         RefusedError: a delta is not an affine change, or changes more than weights of affine layers and embeddings.
         SettingsError: a rank and an error, or an error that is no share.
     """
-    if error is not None and (rank is not None or not 0 < error < 1):
-        raise SettingsError("an error to truncate to is a share, and takes the place of a rank",
-                            got=f"error {error}" + (f" and rank {rank}" if rank is not None else ""), legal="between 0 and 1")
+    check_truncation(rank, error)
     if tuned.merged is not None:
         raise RefusedError("a delta is merged into the weights", got=tuned.merged, hint="Call `tuned.unmerge()` first.")
     heads = [attached for attached in tuned.attached(name) if _is_kept(attached)]
     return _truncated(_pairs(tuned, name or tuned.name, heads), rank, error, _head_parts(heads))
+
+
+def check_truncation(rank: int | None, error: float | None) -> None:
+    """Refuse an error that is no share, or beside a rank.
+
+    Raises:
+        SettingsError: what is wrong.
+    """
+    if error is not None and (rank is not None or not 0 < error < 1):
+        raise SettingsError("an error to truncate to is a share, and takes the place of a rank",
+                            got=f"error {error}" + (f" and rank {rank}" if rank is not None else ""), legal="between 0 and 1")
 
 
 def combine(tuned: Tuned, weights: Mapping[str, float], rank: int | None = None) -> Converted:

@@ -1,4 +1,4 @@
-"""`deltaloom methods [NAME]`: the methods and their settings."""
+"""`deltaloom methods [NAME]`: the methods and compressors, and their settings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ def methods(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """List the delta methods; with a name, its formula, source and settings.
+    """List the delta methods and the compressors; with a name, its formula, source and settings.
 
     Example: `deltaloom methods lora`
     """
-    from deltaloom.jobs.methods import method_text, one_or_all
+    from deltaloom.jobs.methods import compressors, method_text, one_or_all
 
     found = one_or_all(name)
     say(method_text(found, full=name is not None))
-    give({"methods": [fact.as_dict() for fact in found]}, as_json)
+    others = compressors() if name is None else []
+    if others:
+        say("\nFor deltaloom compress:\n" + method_text(others, full=False))
+    give({"methods": [fact.as_dict() for fact in found], "compressors": [fact.as_dict() for fact in others]}, as_json)

@@ -32,6 +32,16 @@ def everything(model: PreTrainedModel) -> Method:
     return Full(targets="all", layers=tuple(range(max(len(stack) for stack in stacks_of(model)))))
 
 
+def over_defaults(value: Any, defaults: TrainSettings) -> Any:
+    """A step's section `train` as given, over the step's own defaults; a number of steps or a time replaces their epochs."""
+    if not isinstance(value, dict):
+        return value
+    own = defaults.given()
+    if value.keys() & {"max_steps", "max_time"}:
+        own.pop("epochs", None)
+    return own | value
+
+
 def methods_of(entries: Sequence[dict[str, Any]], where: str) -> list[Method]:
     """The methods that a step's setting `deltas` names.
 

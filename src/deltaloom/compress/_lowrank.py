@@ -2,7 +2,9 @@
 
 A layer of rank r costs r (d_in + d_out) parameters in the place of d_in d_out. Layers of one stack, role and shape share a
 budget, so that what the result weighs is known before the work: the mean rank in each such group keeps `ratio` of its
-parameters. Within a group the ranks follow the energies that a rank saves (`greedy`), or are all the same (`uniform`).
+parameters. Within a group the ranks are all the same (`uniform`), or follow the energies that a rank saves (`greedy`). The
+latter has the smaller mean error of the layers' outputs and yet can have the larger loss: on SmolLM2-135M at a ratio of 0.8 (32
+rows of GSM8K) a mean error of 0.100 in the place of 0.107, and a perplexity of 17.5 in the place of 14.8 on other rows.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class LowRankCompressor(Compressor, ABC):
     targets: TargetLayers = "all-linear"
     layers: OnlyBlocks = None
     ratio: float = Field(0.8, gt=0, lt=1, description="kept parameters of the target layers, as a share")
-    ranks: Literal["greedy", "uniform"] = Field("greedy", description="how layers of one shape and role share their budget")
+    ranks: Literal["uniform", "greedy"] = Field("uniform", description="how layers of one shape and role share their budget")
 
     def sites(self, model: PreTrainedModel) -> list[Site]:
         """The target layers; errors as `dense_sites`."""

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from deltaloom.compress._blocks import stacks_of
 from deltaloom.compress._factors import opened_factors
 from deltaloom.compress._hidden import is_decoder, real_places
-from deltaloom.compress._learning import everything, free_layers, learn, methods_of, narrowed
+from deltaloom.compress._learning import everything, free_layers, learn, methods_of, narrowed, over_defaults
 from deltaloom.compress.base import Compressor, Facts, Work
 from deltaloom.data.batches import Batch
 from deltaloom.data.encode import IGNORED
@@ -35,6 +35,7 @@ from deltaloom.train.settings import TrainSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TRAIN = TrainSettings(epochs=1, learning_rate=1e-4)
 MICRO_TOKENS = 512  # of a micro-batch: the logits of both models are kept for it
 
 
@@ -57,11 +58,16 @@ class Distil(Compressor):
     deltas: tuple[dict[str, Any], ...] = ()
     """Records of methods as in a run file, of those that can be folded in; default: all weights of the blocks.
     Of a factored layer NAME the factors are the layers NAME.right and NAME.left."""
-    train: TrainSettings = Field(TrainSettings(epochs=1, learning_rate=1e-4), description="as the `train` section of a run file")
+    train: TrainSettings = Field(TRAIN, description="as the `train` section of a run file, over defaults of its own")
     layers: tuple[int, ...] | None = None
     """Only these blocks are trained."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Of initial values and of the order of rows."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _over_defaults(cls, value: Any) -> Any:
+        return over_defaults(value, TRAIN)
 
     @field_validator("deltas")
     @classmethod

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator
 
 from deltaloom.compress._factors import opened_factors
-from deltaloom.compress._learning import free_layers, learn, methods_of, narrowed
+from deltaloom.compress._learning import free_layers, learn, methods_of, narrowed, over_defaults
 from deltaloom.compress.base import Compressor, Facts, Work
 from deltaloom.deltas.base import Method
 from deltaloom.deltas.lora import LoRA
@@ -22,6 +22,8 @@ from deltaloom.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+TRAIN = TrainSettings(epochs=1, learning_rate=5e-4)
 
 
 class Heal(Compressor):
@@ -33,11 +35,16 @@ class Heal(Compressor):
     deltas: tuple[dict[str, Any], ...] = ()
     """Records of methods as in a run file, of those that can be folded in; default: low-rank deltas of rank 8 on all linears.
     Of a factored layer NAME the factors are the layers NAME.right and NAME.left."""
-    train: TrainSettings = Field(TrainSettings(epochs=1, learning_rate=5e-4), description="as the `train` section of a run file")
+    train: TrainSettings = Field(TRAIN, description="as the `train` section of a run file, over defaults of its own")
     layers: tuple[int, ...] | None = None
     """Only these blocks are trained."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Of initial values and of the order of rows."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _over_defaults(cls, value: Any) -> Any:
+        return over_defaults(value, TRAIN)
 
     @field_validator("deltas")
     @classmethod

@@ -13,7 +13,10 @@ refitted to the layer's own inputs. Blocks are compressed in order, each group f
 
 Source: Wang et al., "Basis Sharing: Cross-layer parameter sharing for large language model compression" (ICLR 2025), which
 shares bases of inputs; a Tucker-1 decomposition of the stacked weights. A truncated t-SVD of them stores as many numbers for
-the same ranks, but lets every layer run through the sum of all ranks, and pays only where layers are alike.
+the same ranks, but lets every layer run through the sum of all ranks, and pays only where layers are alike. Those of SmolLM2-135M
+are not (v: 7% of the energy is common to all 30 layers, 3% if nothing is): with 80% of the numbers the relative error of the v
+weights is 0.333 layer by layer, and 0.337, 0.352 and 0.416 by the transforms `data`, `haar` and `dct` of linalg/transforms.py.
+Neither do its pairs of blocks gain by a basis: at a ratio of 0.8 perplexity 18.6, and 14.8 by `whitened-svd`. Compare both.
 """
 
 from __future__ import annotations

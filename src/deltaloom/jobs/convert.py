@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaloom.checkpoint import native
-from deltaloom.checkpoint.convert import Converted, put_back, to_lora
+from deltaloom.checkpoint.convert import Converted, check_truncation, put_back, to_lora
 from deltaloom.checkpoint.peft import write_peft
 from deltaloom.errors import RefusedError, SettingsError, did_you_mean
 from deltaloom.files import check_new
@@ -22,10 +22,12 @@ def convert(source: str, to: str, output: Path, *, rank: int | None = None, erro
     """Write the delta in another format; `rank` or `error` truncates, and the relative error of the changes is given back.
 
     Raises:
-        SettingsError: unknown format. RefusedError: the format cannot hold the delta, or the folder is not empty.
+        SettingsError: unknown format, or an error that is no share.
+        RefusedError: the format cannot hold the delta, or the folder is not empty.
     """
     if to not in FORMATS:
         raise SettingsError("unknown format", got=to, legal=FORMATS, hint=did_you_mean(to, FORMATS))
+    check_truncation(rank, error)
     check_new(output)
     needs_delta(source)
     opened = open_source(source, model=model, dtype="fp32")

@@ -1,4 +1,4 @@
-"""The catalogue of methods, read from their files as text: it needs no torch, and a faulty file does not hide the others."""
+"""The catalogues of methods and of compressors, read from their files as text: no torch, and a faulty file hides no other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaloom import deltas
+from deltaloom import compress, deltas
 from deltaloom.errors import SettingsError, did_you_mean
 from deltaloom.registry import names_of
 
@@ -43,8 +43,13 @@ def catalogue(folder: Path | None = None) -> list[MethodFacts]:
     return [_read(place / f"{name.replace('-', '_')}.py", name) for name in names_of(place)]
 
 
+def compressors() -> list[MethodFacts]:
+    """Every compressor, by its file in the compress folder."""
+    return catalogue(Path(compress.__path__[0]))
+
+
 def one_or_all(name: str | None) -> list[MethodFacts]:
-    """All methods, or the one of that name.
+    """All methods, or the one method or compressor of that name.
 
     Raises:
         SettingsError: there is no such method.
@@ -52,6 +57,7 @@ def one_or_all(name: str | None) -> list[MethodFacts]:
     found = catalogue()
     if name is None:
         return found
+    found += compressors()
     legal = [method.name for method in found]
     if name not in legal:
         raise SettingsError("unknown method", got=name, legal=legal, hint=did_you_mean(name, legal))
@@ -79,45 +85,56 @@ def _read(path: Path, name: str) -> MethodFacts:
     classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and _class_value(node, "name") == name]
     if not classes:
         return MethodFacts(name, "", text, (), f"its file {path.name} defines no method of that name")
-    return MethodFacts(name, text.split("\n", 1)[0], text, tuple(_settings_of(tree, classes[0]).values()))
+    return MethodFacts(name, text.split("\n", 1)[0], text, tuple(_settings_of(tree, classes[0], path.parent).values()))
 
 
-def _settings_of(tree: ast.Module, class_name: str) -> dict[str, SettingFacts]:
-    """The annotated fields of a class and of its bases in the deltas folder, its own first."""
+def _settings_of(tree: ast.Module, class_name: str, folder: Path) -> dict[str, SettingFacts]:
+    """The annotated fields of a class and of its bases in the folder, its own first."""
     found: dict[str, SettingFacts] = {}
     node = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
     if node is not None:
-        found.update((fact.name, fact) for fact in _fields(node))
+        found.update((fact.name, fact) for fact in _fields(node, tree, folder))
         for base in node.bases:
-            inherited = _settings_of(_home_of(tree, ast.unparse(base)), ast.unparse(base))
+            inherited = _settings_of(_home_of(tree, ast.unparse(base), folder), ast.unparse(base), folder)
             found.update((key, fact) for key, fact in inherited.items() if key not in found)
     return found
 
 
-def _home_of(tree: ast.Module, class_name: str) -> ast.Module:
-    """The file of the deltas folder that a class is imported from; this one, if it is from elsewhere."""
-    package = f"{deltas.__name__}."
+def _home_of(tree: ast.Module, name: str, folder: Path) -> ast.Module:
+    """The file of the folder that a name is imported from; this one, if it is from elsewhere."""
+    package = f"deltaloom.{folder.name}."
     for node in tree.body:
         if (isinstance(node, ast.ImportFrom) and (node.module or "").startswith(package)
-                and class_name in [alias.name for alias in node.names]):
-            path = Path(deltas.__path__[0]) / f"{(node.module or '').removeprefix(package)}.py"
-            return ast.parse(path.read_text(encoding="utf-8"))
+                and name in [alias.name for alias in node.names]):
+            return ast.parse((folder / f"{(node.module or '').removeprefix(package)}.py").read_text(encoding="utf-8"))
     return tree
 
 
-def _fields(node: ast.ClassDef) -> list[SettingFacts]:
+def _fields(node: ast.ClassDef, tree: ast.Module, folder: Path) -> list[SettingFacts]:
     found = []
     for statement, following in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
-        written = ast.unparse(statement.annotation)
-        if written.startswith("ClassVar"):
+        kind, about = ast.unparse(statement.annotation), ""
+        if kind.startswith("ClassVar"):
             continue
-        about = ""
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             about = " ".join(str(following.value.value).split())
-        found.append(SettingFacts(statement.target.id, written, _default(statement.value), about or _described(statement.value)))
+        meant = _alias(_home_of(tree, kind, folder), kind) if kind.isidentifier() else None
+        if meant is not None:  # a type that several share, with what it means
+            kind, about = ast.unparse(meant.elts[0]), about or next(filter(None, map(_described, meant.elts)), "")
+        found.append(SettingFacts(statement.target.id, kind, _default(statement.value), about or _described(statement.value)))
     return found
+
+
+def _alias(tree: ast.Module, name: str) -> ast.Tuple | None:
+    """The parts of `name = Annotated[type, ...]` in a file."""
+    for node in tree.body:
+        if (isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]
+                and isinstance(node.value, ast.Subscript) and ast.unparse(node.value.value) == "Annotated"
+                and isinstance(node.value.slice, ast.Tuple)):
+            return node.value.slice
+    return None
 
 
 def _default(value: ast.expr | None) -> str:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -195,11 +196,16 @@ class _Processes:
     def __init__(self, folder: Path, say: Say) -> None:
         self.folder, self.say = folder, say
         self._running: list[tuple[str, subprocess.Popen[bytes]]] = []
+        self._before: Any = None
 
     def __enter__(self) -> _Processes:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, _interrupt)  # else it would leave the children behind
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
         for _, process in self._running:
             if process.poll() is None:
                 process.kill()
@@ -252,3 +258,7 @@ class _Processes:
 
     def _tail(self, name: str) -> str:
         return self._log(name).read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:]
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -33,6 +33,7 @@ from deltaloom.compact.face import (
 )
 from deltaloom.errors import CheckpointError, DeltaloomError, RefusedError
 from deltaloom.models.identity import backbone_prefix, fingerprint, sample_of
+from deltaloom.models.pages import MappedFiles
 
 METHOD = "deltaloom"
 
@@ -62,6 +63,19 @@ class CompactConfig(QuantizationConfigMixin):
         self.fingerprint = fingerprint
         self.tied = dict(tied or {})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What transformers calls with the record of a config.json.
+
+        Raises:
+            CheckpointError: keys that no such record has.
+        """
+        odd = sorted(config_dict.keys() - {"codec", "layers", "fingerprint", "quant_method", "tied"})
+        if odd:
+            raise CheckpointError("quantization_config has keys that deltaloom does not know", got=", ".join(map(str, odd))[:200],
+                                  hint="Was it written by a later version?")
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {"quant_method": METHOD, "codec": self.codec, "layers": self.layers, "fingerprint": self.fingerprint,
@@ -84,6 +98,7 @@ class CompactQuantizer(HfQuantizer):
         self.problems: list[str] = []
         # transformers fits a bias to the first axis of `weight` when it ties anything of a layer, which would cut a Conv1D's
         self.turned: list[CompactLinear] = []
+        self.pages = MappedFiles(())
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
@@ -93,6 +108,7 @@ class CompactQuantizer(HfQuantizer):
                 layer.transposed = False
         else:
             self.chosen = set(block_linears(model))
+            self.pages = MappedFiles(kwargs.get("checkpoint_files") or ())
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -114,6 +130,7 @@ class CompactQuantizer(HfQuantizer):
         if not self.pre_quantized:
             known = fingerprint(model, self.samples)
         self.samples = {}
+        self.pages.release()
         record_forms(model, known)
         return model
 
@@ -160,6 +177,7 @@ class _Quantise(ConversionOps):
                 continue
             quantizer.samples[name] = (tuple(weight.shape), sample_of(weight))
             put(model, path, layer)
+            quantizer.pages.release()
             if missing_keys is not None:
                 missing_keys.discard(name)
         return {}

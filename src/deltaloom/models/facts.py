@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deltaloom.compact.face import model_bytes, parameter_count
-from deltaloom.models.compact import METHOD, CompactConfig, apply_forms
+from deltaloom.models.compact import METHOD, CompactConfig, apply_forms, apply_ties
 from deltaloom.models.load import AUTO_CLASSES, HEADS, check_task, is_quantised, load_config, translated
 from deltaloom.models.quiet import quiet_transformers
 from deltaloom.models.source import Source, parse_source
@@ -81,5 +81,7 @@ def _on_meta(where: Source, task: str, labels: Sequence[str] | None, offline: bo
             model: PreTrainedModel = AUTO_CLASSES[task].from_config(config, trust_remote_code=False)
             record = config.quantization_config if is_quantised(config) else {}
             if isinstance(record, dict) and record.get("quant_method") == METHOD:
-                apply_forms(model, CompactConfig(**record).layers)
+                recorded = CompactConfig.from_dict(record)
+                apply_forms(model, recorded.layers)
+                apply_ties(model, recorded.tied)
             return model

@@ -90,9 +90,10 @@ def load_model(source: str | Path, *, task: str, labels: Sequence[str] | None = 
         arguments = _weights_arguments(where, config, quantise)
         tokenizer, processor = _load_inputs(where, task, offline)
         notes = _settle_pad_token(config, tokenizer)
+        # transformers' own error for mismatched sizes names no tensor; `_review` names them all
         model, info = AUTO_CLASSES[task].from_pretrained(
             where.location, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=task in NEW_HEAD, **_hub_arguments(where, offline), **arguments)
+            ignore_mismatched_sizes=True, **_hub_arguments(where, offline), **arguments)
     new, more = _review(model, info, where, task)
     _check_vocabulary(model, tokenizer, where)
     if where.gguf and codec is not None:

@@ -17,7 +17,7 @@ from deltaloom.report.charts import Bar, Chart, bar_chart
 from deltaloom.report.page import content_policy
 
 MOST_BARS, MOST_ROWS = 60, 400
-CHARTED = ("error", "influence", "share", "rank")  # a chart shows the first column of the layers with such a word in its name
+CHARTED = ("output_error", "error", "influence", "share", "rank")  # the first column with such a word in its name is drawn
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return text.figure(value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_value(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, list | tuple):
         return ", ".join(_value(item) for item in value)
     return text.one_line(str(value))

@@ -21,6 +21,7 @@ from torch.nn import functional
 from deltaloom.compact.codecs.base import CHUNK, Codec, Shapes, checked_weight, looked_up, packed, pair_table
 
 BLOCK, GROUP = 64, 256
+FEW = 16  # so many comparisons of all values are faster than a search for each
 LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
           -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
           0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
@@ -83,9 +84,15 @@ def _nearest(values: Tensor, levels: Tensor, block: int) -> tuple[Tensor, Tensor
     blocks = functional.pad(values, (0, -values.numel() % block)).view(-1, block)
     largest = blocks.abs().amax(1)
     scaled = (blocks * (1 / largest.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
+    scaled = scaled.view(-1)[:values.numel()]
     middles = (levels[:-1] + levels[1:]) / 2
-    found = torch.bucketize(scaled.view(-1)[:values.numel()], middles, out_int32=True)
-    return found.to(torch.uint8), largest
+    if len(middles) > FEW:
+        return torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8), largest
+    found = torch.zeros(scaled.shape, dtype=torch.uint8, device=values.device)
+    above = torch.empty(scaled.shape, dtype=torch.bool, device=values.device)
+    for middle in middles:
+        found += torch.gt(scaled, middle, out=above)
+    return found, largest
 
 
 @cache
