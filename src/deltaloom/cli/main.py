@@ -22,11 +22,15 @@ from deltaloom.cli import (
     evaluate,
     init,
     inspect,
+    leakage,
     merge,
     methods,
     models,
+    owner,
+    party,
     plan,
     predict,
+    private_demo,
     report,
     tune,
 )
@@ -63,6 +67,10 @@ app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("methods")(methods.methods)
 app.add_typer(models.app, name="models")
+app.add_typer(owner.app, name="owner")
+app.add_typer(party.app, name="party")
+app.command("leakage")(leakage.leakage)
+app.command("private-demo")(private_demo.private_demo)
 app.command("doctor")(doctor.doctor)
 app.command("init")(init.init)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaloom.errors import RefusedError
+from deltaloom.evaluate.base import Task
 from deltaloom.generate import stream
 from deltaloom.jobs.opening import Opened, delta_folder, open_source
 
@@ -43,7 +44,7 @@ def chat(source: str, *, delta: Path | None = None, temperature: float = 0.0, ma
         else:
             turns.append({"role": "user", "content": line})
             answer = ""
-            for piece in stream(opened.model, opened.task.tokenizer, _prompt(opened, turns), max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
+            for piece in stream(opened.model, opened.task.tokenizer, prompt_of(opened.task, turns), max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
                                 temperature=temperature, seed=seed + len(turns)):
                 write(piece)
                 sys.stdout.flush()
@@ -52,9 +53,9 @@ def chat(source: str, *, delta: Path | None = None, temperature: float = 0.0, ma
             turns.append({"role": "assistant", "content": answer})
 
 
-def _prompt(opened: Opened, turns: list[dict[str, str]]) -> Any:
+def prompt_of(task: Task, turns: list[dict[str, str]]) -> Any:
     """The conversation in the tokenizer's own template; without one, the last line as it is."""
-    tokenizer = opened.task.tokenizer
+    tokenizer = task.tokenizer
     if tokenizer.chat_template is None:
         return turns[-1]["content"]
     encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)

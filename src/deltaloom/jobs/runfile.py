@@ -38,6 +38,7 @@ class RunFile(Settings):
     deltas: tuple[dict[str, Any], ...] = ()
     train: dict[str, Any] = Field(default_factory=dict)
     base: dict[str, Any] = Field(default_factory=dict)
+    private: dict[str, Any] = Field(default_factory=dict)
     log: LogSettings = LogSettings()
     seed: int = Field(0, ge=0, lt=2**31)
     output: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import nn
 from deltaloom.data.encode import Example
 from deltaloom.data.rows import Row
 from deltaloom.evaluate.base import Prediction, Task
-from deltaloom.generate import generate
 
 SHOWN = 8           # rows in the report before and after
 SHOWN_WRITTEN = 3   # fewer where the model has to write them
@@ -53,16 +52,16 @@ def class_rows(task: Task, predictions: Sequence[Prediction], rows: Sequence[Row
 
 
 def answers(task: Task, model: nn.Module, rows: Sequence[Row], examples: Sequence[Example],
-            max_new_tokens: int = SAMPLE_TOKENS) -> list[str]:
-    """What the model answers to rows, as text: written by the model, or its prediction in words."""
+            write: Callable[[nn.Module, Sequence[Any]], list[str]] | None) -> list[str]:
+    """What the model answers to rows, as text: what `write` makes of prompts, or its prediction in words."""
     if not rows:
         return []
-    if not task.generates:
+    if not task.generates or write is None:
         return [task.shown(prediction) for prediction in task.predict_all(model, examples)]
     training = model.training
     model.eval()
     try:
-        return generate(model, task.tokenizer, task.prompts(rows), max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
+        return write(model, task.prompts(rows))
     finally:
         model.train(training)
 

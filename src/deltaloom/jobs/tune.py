@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,18 @@ from deltaloom.checkpoint import native
 from deltaloom.checkpoint.peft import write_peft
 from deltaloom.checkpoint.record import read_record
 from deltaloom.deltas.base import StepPlan, method_record
-from deltaloom.errors import RefusedError, SettingsError, did_you_mean
+from deltaloom.errors import RefusedError
 from deltaloom.evaluate.base import Prediction
 from deltaloom.events import Attached, DataRead, Emitter, JsonLines, Sampled, Sink, Warned, finite
 from deltaloom.files import write_atomic
 from deltaloom.jobs.doctor import environment
+from deltaloom.jobs.engine import Engine, Here, Loop, feed_of, measured, written
 from deltaloom.jobs.estimate import flops_per_token, matmul_rate
 from deltaloom.jobs.folder import check_folder, clear_folder, folder_bytes, write_json
 from deltaloom.jobs.opening import needs_delta
 from deltaloom.jobs.prepare import DTYPES, Prepared, Say, head_methods, model_source, parse_parts, prepare
 from deltaloom.jobs.runfile import Run, resolved_yaml
-from deltaloom.jobs.scoring import Scores, answers, class_rows, majority, score, shown_rows
+from deltaloom.jobs.scoring import class_rows, majority
 from deltaloom.models.compact import form_of
 from deltaloom.report.card import model_card
 from deltaloom.report.facts import read_run
@@ -35,23 +35,12 @@ from deltaloom.report.page import write_report
 from deltaloom.report.terminal import TerminalProgress
 from deltaloom.report.text import byte_size, count, figure, table_text
 from deltaloom.sites import all_sites
-from deltaloom.train.checkpoints import Checkpoint, latest_checkpoint
-from deltaloom.train.feed import ExampleFeed
-from deltaloom.train.loop import check_no_evaluation, train
-from deltaloom.train.progress import Goal, planned_steps
-from deltaloom.train.resume import check_same
+from deltaloom.train.loop import check_no_evaluation
+from deltaloom.train.progress import planned_steps
 from deltaloom.train.run import TrainResult
 from deltaloom.tuned import Tuned, attach, restore
 
-LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mae")
-
-
-@dataclass
-class Before:
-    """What the untuned model does: to compare with."""
-
-    scores: Scores
-    answers: list[str]
+Through = Callable[[Prepared], Engine]
 
 
 def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = print,
@@ -63,6 +52,14 @@ def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = 
     Raises:
         DeltaloomError: of the kind that says what happened; what was complete before is still there.
     """
+    if run.file.private:
+        say("The section 'private' of the run file is for `deltaloom party`; this run trains here, with the whole model.")
+    return carry_out(run, _here, resume=resume, overwrite=overwrite, say=say, sinks=sinks)
+
+
+def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bool = False, say: Say = print,
+              sinks: Sequence[Sink] = ()) -> dict[str, Any]:
+    """A run from its file to its folder, with the engine that `through` makes when rows and model are ready; see `tune`."""
     parts = parse_parts(run)
     folder = Path(run.file.output or f"runs/{run.name}")
     check_folder(folder, resume=resume, overwrite=overwrite)
@@ -72,58 +69,47 @@ def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = 
     prepared = prepare(run, parts, say=say, record=record)
     if not prepared.held:
         check_no_evaluation(parts.train)
-    before = _before(prepared)
-    if prepared.held and _goal(prepared)[0] not in before.scores.metrics:
-        raise SettingsError("train.metric names no metric of this task", got=_goal(prepared)[0], legal=before.scores.metrics,
-                            hint=did_you_mean(_goal(prepared)[0], before.scores.metrics))
-    tuned = attached(prepared)
-    planned = planned_steps(parts.train, _feed(prepared))
-    if planned is not None:
-        tuned.controllers(StepPlan(planned))  # raises where the run is too short for them, before anything is removed
-    early: list[Any] = []
-    checkpoint = latest_checkpoint(folder / "checkpoints", Emitter([early.append])) if resume else None
-    if checkpoint is not None:
-        check_same(checkpoint, parts.train, _identity(prepared))  # before anything of the earlier run is touched
-        checkpoint.rewind(folder / "events.jsonl")
-    else:
-        clear_folder(folder)
     with ExitStack() as stack:
+        engine = through(prepared)
+        stack.callback(engine.close)
+        prepared = engine.prepared
+        planned = planned_steps(parts.train, feed_of(prepared))
+        if planned is not None:
+            engine.tuned.controllers(StepPlan(planned))  # raises where the run is too short for them, before anything is removed
+        early: list[Any] = []
+        resumed = resume and engine.resume(folder, _identity(prepared), Emitter([early.append]))
+        if not resumed:
+            clear_folder(folder)
         progress = stack.enter_context(TerminalProgress())
         log = JsonLines(folder / "events.jsonl")
         stack.callback(log.close)
         emit = Emitter([log, *_tensorboard(run, folder, stack), *sinks, progress])
         for event in early:
             emit(event)
-        return _run(prepared, tuned, before, folder, checkpoint, emit, say)
+        return _run(engine, folder, emit, say, announced=resumed)
 
 
-def _run(prepared: Prepared, tuned: Tuned, before: Before, folder: Path, checkpoint: Checkpoint | None, emit: Emitter,
-         say: Say) -> dict[str, Any]:
-    run, parts = prepared.run, prepared.parts
-    total = prepared.model_parameters
-    resolved = _resolved(prepared, folder)
-    write_atomic(folder / "run.yaml", resolved_yaml(resolved, run.origins))
+def _here(prepared: Prepared) -> Here:
+    before = measured(prepared, prepared.loaded.model, written(prepared.task))
+    tuned = attached(prepared)
+    return Here(prepared, tuned, tuned, before)
+
+
+def _run(engine: Engine, folder: Path, emit: Emitter, say: Say, *, announced: bool) -> dict[str, Any]:
+    prepared, tuned = engine.prepared, engine.tuned
+    run, total = prepared.run, prepared.model_parameters
+    write_atomic(folder / "run.yaml", resolved_yaml(_resolved(prepared, folder), run.origins))
     write_json(folder / "environment.json", environment() | {"threads": torch.get_num_threads(), "precision": prepared.precision})
     deltas, heads = tuned.counts()
     label_share = prepared.facts["learned_tokens"] / max(prepared.facts["tokens"], 1)
     flops = flops_per_token(_untouched_sites(tuned), deltas + heads, label_share)
-    if checkpoint is None:
+    if not announced:
         _announce(prepared, tuned, total, emit)
     say(f"Delta: {count(deltas)} parameters ({deltas / total:.2%} of the model's {count(total)})"
         + (f", and a head of {count(heads)}" if heads else ""))
-    result = train(
-        tuned, prepared.task, _feed(prepared), settings=parts.train, emit=emit, seed=run.file.seed,
-        evaluate=_evaluation(prepared) if prepared.held else None, goal=Goal(*_goal(prepared)), folder=folder / "checkpoints",
-        log=folder / "events.jsonl", resume=checkpoint, identity=_identity(prepared),
-        floor_rate=matmul_rate(DTYPES[prepared.precision]) / flops)
-    return _finish(prepared, tuned, result, before, folder, emit, say, total=total, flops=flops, started=(deltas, heads))
-
-
-def _before(prepared: Prepared) -> Before:
-    rows = _held_rows(prepared)
-    scores = score(prepared.task, prepared.loaded.model, prepared.held, rows)
-    chosen = shown_rows(prepared.task, rows)
-    return Before(scores, answers(prepared.task, prepared.loaded.model, rows[:len(chosen)], prepared.held[:len(chosen)]))
+    rate = matmul_rate(DTYPES[prepared.precision]) / flops
+    result = engine.train(Loop(emit, folder, _identity(prepared), rate))
+    return _finish(engine, result, folder, emit, say, total=total, flops=flops, started=(deltas, heads))
 
 
 def attached(prepared: Prepared) -> Tuned:
@@ -139,23 +125,6 @@ def attached(prepared: Prepared) -> Tuned:
     saved, found = native.read(needs_delta(prepared.parts.continued))
     native.check_base(loaded.model, found.base, loaded.fingerprint)
     return restore(loaded.model, saved)
-
-
-def _feed(prepared: Prepared) -> ExampleFeed:
-    rows = prepared.rows.train.rows
-    task, settings = prepared.task, prepared.parts.train
-    return ExampleFeed(prepared.examples, task.pack if settings.packing else task.collate, settings, seed=prepared.run.file.seed,
-                       place=lambda index: rows[index].where)
-
-
-def _evaluation(prepared: Prepared) -> Callable[[Tuned], dict[str, float]]:
-    return lambda tuned: score(prepared.task, tuned, prepared.held, _held_rows(prepared)).metrics
-
-
-def _goal(prepared: Prepared) -> tuple[str, bool]:
-    task = prepared.task
-    metric = prepared.parts.train.metric or task.primary
-    return metric, task.higher_is_better if metric == task.primary else metric not in LOWER_IS_BETTER
 
 
 def _identity(prepared: Prepared) -> dict[str, str]:
@@ -203,10 +172,6 @@ def _untouched_sites(tuned: Tuned) -> list[Any]:
         return all_sites(model)
 
 
-def _held_rows(prepared: Prepared) -> tuple[Any, ...]:
-    return prepared.rows.eval.rows if prepared.rows.eval is not None else ()
-
-
 def _resolved(prepared: Prepared, folder: Path) -> dict[str, Any]:
     """The run file that makes the same run again from the run folder: relative paths start there."""
     run, parts = prepared.run, prepared.parts
@@ -217,7 +182,8 @@ def _resolved(prepared: Prepared, folder: Path) -> dict[str, Any]:
         deltas = [{"from": _seen_from(folder, str(parts.continued), Path.cwd())}]
     model = run.file.model if model_source(run) == run.file.model else _seen_from(folder, run.file.model, run.base)
     return {"model": model, "task": prepared.task.name, "data": data, "deltas": deltas, "train": parts.train.as_dict(),
-            "base": parts.base.as_dict(), "log": run.file.log.as_dict(), "seed": run.file.seed, "output": run.file.output}
+            "base": parts.base.as_dict(), "log": run.file.log.as_dict(), "private": run.file.private, "seed": run.file.seed,
+            "output": run.file.output}
 
 
 def _seen_from(folder: Path, value: Any, base: Path) -> Any:
@@ -229,14 +195,12 @@ def _seen_from(folder: Path, value: Any, base: Path) -> Any:
     return Path(os.path.relpath(base / value, folder)).as_posix()
 
 
-def _finish(prepared: Prepared, tuned: Tuned, result: TrainResult, before: Before, folder: Path, emit: Emitter, say: Say, *,
-            total: int, flops: int, started: tuple[int, int]) -> dict[str, Any]:
+def _finish(engine: Engine, result: TrainResult, folder: Path, emit: Emitter, say: Say, *, total: int, flops: int,
+            started: tuple[int, int]) -> dict[str, Any]:
     """Final scores, the delta and its PEFT copy, predictions, metrics, card and report."""
-    task, rows = prepared.task, _held_rows(prepared)
-    scores = score(task, tuned, prepared.held, rows)
-    chosen = shown_rows(task, rows)
-    after = answers(task, tuned, rows[:len(chosen)], prepared.held[:len(chosen)])
-    for index, old, new in zip(chosen, before.answers, after, strict=True):
+    prepared, tuned, before, rows = engine.prepared, engine.tuned, engine.before, engine.rows
+    task, scores = prepared.task, engine.scores()
+    for index, (old, new) in enumerate(zip(before.answers, engine.shown(), strict=True)):
         emit(Sampled(row=index, input=rows[index].source, reference=rows[index].target, before=old, after=new))
     labels = list(prepared.labels.names) if prepared.labels else None
     base = {"source": prepared.loaded.source, "commit": prepared.loaded.commit, "fingerprint": prepared.loaded.fingerprint,

@@ -14,6 +14,7 @@ Tied embeddings: the output matrix then is the table of tokens, so the party hol
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,7 +43,8 @@ PROBE = 5  # tokens of the longer of two rows
 class Half:
     """A front or a back: the model and what must agree with the other half.
 
-    `fingerprint` is the whole model's, `config` its configuration; `tied`: the head's matrix is the table of tokens.
+    `fingerprint` is the whole model's, `config` its configuration; `tied`: the head's matrix is the table of tokens; `front`:
+    the front's own hash, see `front_hash`.
     """
 
     part: Part
@@ -53,6 +55,7 @@ class Half:
     head: Holder
     tied: bool
     fingerprint: str
+    front: str = ""
 
     @property
     def blocks(self) -> int:
@@ -75,7 +78,8 @@ class Half:
         outputs = 0 if not self.has_head else int((self.config.num_labels if output is None else self.config.vocab_size) or 0)
         longest = getattr(self.config, "max_position_embeddings", None)  # some configurations have none
         return BackFacts(self.fingerprint, self.config.model_type, self.task, self.cut, self.blocks,
-                         int(self.config.hidden_size), outputs, longest, str(self.model.dtype).removeprefix("torch."))
+                         int(self.config.hidden_size), outputs, longest, str(self.model.dtype).removeprefix("torch."),
+                         self.front)
 
 
 class Absent(nn.Module):
@@ -131,7 +135,8 @@ def split(model: PreTrainedModel, task: str, cut: int, *, head: Holder = "owner"
     _check(model, task, cut)
     tied = _is_tied(model)
     whole = copy.deepcopy(model.config)
-    made = {part: Half(part, _built(type(model), whole, cut, part, head), whole, task, cut, head, tied, fingerprint(model))
+    facts = (fingerprint(model), front_hash(model, cut))
+    made = {part: Half(part, _built(type(model), whole, cut, part, head), whole, task, cut, head, tied, *facts)
             for part in ("front", "back")}
     for half in made.values():
         fill(half, tensors_of(model, half.part, cut, head))
@@ -175,6 +180,18 @@ def tensors_of(model: nn.Module, part: Part, cut: int, head: Holder) -> dict[str
     if unknown:
         raise RefusedError("this model holds tensors that belong to neither half", problems=unknown[:20])
     return found
+
+
+def front_hash(model: nn.Module, cut: int) -> str:
+    """The sha256, in hex, of embeddings and first `cut` blocks, every value of them as float32; of a model, or of a front.
+
+    An emulator whose front has the model's hash carries the model's front: what is tuned on it may be plugged in.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors_of(model, "front", cut, "owner").items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def fill(half: Half, tensors: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +39,7 @@ from deltaloom.private.remote import expect
 from deltaloom.tuned import Tuned
 
 AT_ONCE = 4  # rows that are written at the same time; what an owner allows a party by default
+CLOSING_SECONDS = 5.0  # a channel that is closed before its owner heard of a session's end leaves it there until it is idle
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Writer:
         found: dict[int, list[int]] = {}
         live: dict[int, _Row] = {}
         waiting = list(range(len(rows)))[::-1]
+        closings: list[Future[Reply]] = []
         try:
             while waiting or live:
                 while waiting and len(live) < at_once:
@@ -94,12 +96,13 @@ class Writer:
                     token = row.take()
                     if token in ends or row.full:
                         found[index] = row.written if token in ends else [*row.written, token]
-                        live.pop(index).close()
+                        closings += live.pop(index).close()
                     else:
                         row.written.append(token)
         finally:
             for row in live.values():
-                row.close()
+                closings += row.close()
+            wait(closings, CLOSING_SECONDS)
         return [text_of(self.tokenizer, found[index]) for index in range(len(rows))]
 
     def stream(self, prompt: Prompt, *, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0,
@@ -123,7 +126,7 @@ class Writer:
                     return
                 row.written.append(token)
         finally:
-            row.close()
+            wait(row.close(), CLOSING_SECONDS)
 
 
 @dataclass
@@ -154,10 +157,11 @@ class _Row:
     def open(self) -> None:
         expect(self.writer.channel.submit(OpenRequest(self.session, len(self.prompt) + self.most)), DoneReply)
 
-    def close(self) -> None:
-        """Give the owner's cache back; an owner that cannot be reached will forget it by itself."""
+    def close(self) -> list[Future[Reply]]:
+        """Give the owner's cache back; an owner that cannot be reached will forget it by itself. What to wait for."""
         with suppress(DeltaloomError):
-            self.writer.channel.submit(CloseRequest(self.session))
+            return [self.writer.channel.submit(CloseRequest(self.session))]
+        return []
 
     def send(self) -> None:
         """Run the front on what is new, and send it; does not wait."""

@@ -87,7 +87,7 @@ class Desk:
                                 method=hello.method, guards="+".join(hello.guards)[:200])
         limits = self.policy.limits
         sizes = {"tokens": limits.tokens_per_frame, "rows": limits.rows_per_frame, "values": limits.update_values,
-                 "session_tokens": limits.session_tokens}
+                 "session_tokens": limits.session_tokens, "rounds": int(self.coordinator is not None)}
         window = 1 if hello.purpose == "rounds" else limits.in_flight
         return Welcome(asdict(facts), window, sizes, f"{head.lines}:{head.hash}")
 

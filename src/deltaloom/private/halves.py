@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from deltaloom.errors import CheckpointError, SettingsError
 from deltaloom.files import atomic_folder
 from deltaloom.models.load import AUTO_CLASSES
 from deltaloom.models.quiet import quiet_transformers
-from deltaloom.private.cut import TASKS, Half, Holder, Part, empty, fill, halves_of
+from deltaloom.private.cut import TASKS, Half, Holder, Part, empty, fill, front_hash, halves_of
 from deltaloom.settings import Settings
 
 RECORD, WEIGHTS = "half.json", "model.safetensors"
@@ -47,6 +48,8 @@ class HalfRecord(Settings):
     """The head's matrix is the table of tokens, so that the party has it."""
     fingerprint: str = Field(pattern=r"[0-9a-f]{64}")
     """Of the whole model's backbone."""
+    front: str = Field("", pattern=r"([0-9a-f]{64})?")
+    """The front's hash."""
 
 
 def save_half(half: Half, folder: Path | str, tokenizer: Any = None, *, replace: bool = False) -> int:
@@ -56,7 +59,7 @@ def save_half(half: Half, folder: Path | str, tokenizer: Any = None, *, replace:
         RefusedError: the folder is not empty and `replace` is off. ResourceError: no disk space.
     """
     record = HalfRecord(part=half.part, task=half.task, cut=half.cut, head=half.head, tied=half.tied,
-                        fingerprint=half.fingerprint)
+                        fingerprint=half.fingerprint, front=half.front)
     folder = Path(folder)
     with atomic_folder(folder, replace=replace) as temporary, quiet_transformers():
         (temporary / RECORD).write_text(json.dumps(record.as_dict(), indent=2) + "\n", encoding="utf-8")
@@ -84,11 +87,21 @@ def load_half(folder: Path | str, part: Part | None = None) -> tuple[Half, Any]:
         half = empty(config, _class(config, record.task), record.part, record.task, record.cut, record.head, record.tied,
                      record.fingerprint)
         fill(half, _tensors(folder, half))
+        half = _checked(half, record, folder)
         if record.part == "front" and record.task == "causal-lm":
             half.model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         named = (folder / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False) if named else None
     return half, tokenizer
+
+
+def _checked(half: Half, record: HalfRecord, folder: Path) -> Half:
+    """The half with its front's hash; a front is held against what its record says."""
+    found = front_hash(half.model, half.cut) if half.part == "front" else record.front
+    if record.front not in ("", found):
+        raise CheckpointError(f"the weights in {folder} are not those that its record names", got=found[:16],
+                              legal=record.front[:16], hint="Ask the owner for the folder again.")
+    return replace(half, front=found)
 
 
 def _unique(half: Half) -> dict[str, Tensor]:

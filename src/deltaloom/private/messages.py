@@ -201,6 +201,7 @@ class BackFacts:
 
     fingerprint: of the whole model's backbone. cut: blocks in the front, of `blocks` in all. width: d_model. outputs: size of
     the head's output (vocabulary or classes), 0 without a head at the owner. max_length: positions a row may have, if limited.
+    front: the hash of the front, see `cut.front_hash`.
     """
 
     fingerprint: str
@@ -212,6 +213,7 @@ class BackFacts:
     outputs: int
     max_length: int | None
     dtype: str
+    front: str = ""
 
 
 class Channel(Protocol):

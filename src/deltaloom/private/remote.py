@@ -147,7 +147,8 @@ def check_fit(front: Half, channel: Channel) -> None:
     """
     there, own = channel.facts, front.facts()
     pairs = {"fingerprint": (own.fingerprint, there.fingerprint), "cut": (own.cut, there.cut), "task": (own.task, there.task),
-             "blocks": (own.blocks, there.blocks), "d_model": (own.width, there.width)}
+             "blocks": (own.blocks, there.blocks), "d_model": (own.width, there.width),
+             "hash of the front": (own.front[:16], there.front[:16]), "numbers": (own.dtype, there.dtype)}
     problems = [f"{name}: {mine} here, {theirs} at the owner" for name, (mine, theirs) in pairs.items() if mine != theirs]
     if front.part != "front":
         problems.append(f"this half is a {front.part}")

@@ -1,0 +1,160 @@
+"""How a run trains and asks its model: in this process, or as a front whose back is elsewhere. The rest of a run is the same."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deltaloom.data.rows import Row
+from deltaloom.errors import SettingsError, did_you_mean
+from deltaloom.evaluate.base import Task
+from deltaloom.events import Emitter
+from deltaloom.generate import generate
+from deltaloom.jobs.prepare import Prepared
+from deltaloom.jobs.scoring import SAMPLE_TOKENS, Scores, answers, score, shown_rows
+from deltaloom.train.checkpoints import Checkpoint, latest_checkpoint
+from deltaloom.train.feed import ExampleFeed
+from deltaloom.train.loop import train
+from deltaloom.train.progress import Goal
+from deltaloom.train.resume import check_same
+from deltaloom.train.run import TrainResult
+from deltaloom.tuned import Tuned
+
+LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mae")
+Write = Callable[[nn.Module, Sequence[Any]], list[str]]
+"""(model, prompts) -> the text that it writes after each."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the model does without the delta: to compare with."""
+
+    scores: Scores
+    answers: list[str]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What `train.loop.train` is told of a run, whoever calls it."""
+
+    emit: Emitter
+    folder: Path
+    identity: dict[str, str]
+    floor_rate: float
+
+    @property
+    def log(self) -> Path:
+        """The run's event file."""
+        return self.folder / "events.jsonl"
+
+
+class Engine(ABC):
+    """A run's model, with its deltas. `model` is what is called for scores; `before` was measured without the deltas."""
+
+    def __init__(self, prepared: Prepared, tuned: Tuned, model: nn.Module, before: Before) -> None:
+        self.prepared, self.tuned, self.model, self.before = prepared, tuned, model, before
+
+    @abstractmethod
+    def resume(self, folder: Path, identity: dict[str, str], emit: Emitter) -> bool:
+        """Whether there is something in the run folder to go on from; its event file then ends where it goes on.
+
+        Raises:
+            CheckpointError: it is of another run.
+        """
+
+    @abstractmethod
+    def train(self, loop: Loop) -> TrainResult:
+        """Train the deltas."""
+
+    @property
+    def write(self) -> Write | None:
+        """What writes texts after prompts; None where nothing does."""
+        return written(self.prepared.task)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The held-out rows."""
+        return held_rows(self.prepared)
+
+    def scores(self) -> Scores:
+        """Of the tuned model, on the held-out rows."""
+        return score(self.prepared.task, self.model, self.prepared.held, self.rows)
+
+    def shown(self) -> list[str]:
+        """What the tuned model answers to the rows that the report shows."""
+        return _shown(self.prepared, self.model, self.write)
+
+    def close(self) -> None:  # noqa: B027 (nothing to give back is the rule)
+        """Give back what the engine holds."""
+
+
+class Here(Engine):
+    """A whole model in this process."""
+
+    checkpoint: Checkpoint | None = None
+
+    def resume(self, folder: Path, identity: dict[str, str], emit: Emitter) -> bool:
+        """From the newest whole checkpoint."""
+        self.checkpoint = latest_checkpoint(folder / "checkpoints", emit)
+        if self.checkpoint is None:
+            return False
+        check_same(self.checkpoint, self.prepared.parts.train, identity)
+        self.checkpoint.rewind(folder / "events.jsonl")
+        return True
+
+    def train(self, loop: Loop) -> TrainResult:
+        """One run of the loop."""
+        prepared = self.prepared
+        return train(self.tuned, prepared.task, feed_of(prepared), settings=prepared.parts.train, emit=loop.emit,
+                     seed=prepared.run.file.seed, evaluate=(lambda tuned: self.scores().metrics) if prepared.held else None,
+                     goal=Goal(*goal_of(prepared)), folder=loop.folder / "checkpoints", log=loop.log, resume=self.checkpoint,
+                     identity=loop.identity, floor_rate=loop.floor_rate)
+
+
+def written(task: Task) -> Write:
+    """Texts of a whole model."""
+    return lambda model, prompts: generate(model, task.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)  # type: ignore[arg-type]
+
+
+def measured(prepared: Prepared, model: nn.Module, write: Write | None) -> Before:
+    """What a model without deltas does on the held-out rows.
+
+    Raises:
+        SettingsError: the run is judged by a metric that its task does not have.
+    """
+    found = score(prepared.task, model, prepared.held, held_rows(prepared))
+    goal = goal_of(prepared)[0]
+    if prepared.held and goal not in found.metrics:
+        raise SettingsError("train.metric names no metric of this task", got=goal, legal=found.metrics,
+                            hint=did_you_mean(goal, found.metrics))
+    return Before(found, _shown(prepared, model, write))
+
+
+def _shown(prepared: Prepared, model: nn.Module, write: Write | None) -> list[str]:
+    chosen = shown_rows(prepared.task, held_rows(prepared))
+    return answers(prepared.task, model, held_rows(prepared)[:len(chosen)], prepared.held[:len(chosen)], write)
+
+
+def held_rows(prepared: Prepared) -> tuple[Row, ...]:
+    """The rows that nothing is trained on."""
+    return tuple(prepared.rows.eval.rows) if prepared.rows.eval is not None else ()
+
+
+def feed_of(prepared: Prepared, turn: int = 0) -> ExampleFeed:
+    """The training rows as steps; each turn has an order of its own."""
+    rows = prepared.rows.train.rows
+    task, settings = prepared.task, prepared.parts.train
+    return ExampleFeed(prepared.examples, task.pack if settings.packing else task.collate, settings,
+                       seed=prepared.run.file.seed + turn, place=lambda index: rows[index].where)
+
+
+def goal_of(prepared: Prepared) -> tuple[str, bool]:
+    """(the metric by which the run is judged, whether higher is better)."""
+    task = prepared.task
+    metric = prepared.parts.train.metric or task.primary
+    return metric, task.higher_is_better if metric == task.primary else metric not in LOWER_IS_BETTER

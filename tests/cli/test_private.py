@@ -1,0 +1,146 @@
+"""The commands of private tuning from end to end: real processes, a toy model, mutual TLS on loopback."""
+
+import json
+from functools import partial
+
+import pytest
+
+from deltaloom.private import client
+from deltaloom.private.wire.convert import encode_message
+from tests.cli.private_flow import CANARY, Owner, Process, delta_of, emulator_of, rows_of, run_file, toy_model, wait_for
+from tests.jobs.small import write_rows
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("private")
+    toy_model(folder / "model")
+    emulator_of(folder / "model", folder / "emulator")
+    return folder
+
+
+def joined(command, owner, tmp_path, name="a"):
+    invite = tmp_path / f"{name}.invite"
+    command.json("owner", "invite", owner, "--party", name, "-o", invite)
+    command.json("party", "join", invite, "-o", tmp_path / name)
+    return tmp_path / name
+
+
+@pytest.fixture
+def frames(monkeypatch):
+    """The bytes of every frame that a party of this process sends."""
+    sent = []
+
+    def encode(message, **how):
+        sent.append(encode_message(message, **how))
+        return sent[-1]
+
+    monkeypatch.setattr(client, "encode_message", encode)
+    return sent
+
+
+def test_the_whole_flow(command, frames, place, tmp_path):
+    owner = tmp_path / "owner"
+    assert command.json("owner", "init", owner, "--name", "acme", "--cut", "1")["cut"] == 1
+    run = run_file(tmp_path / "data", place / "emulator", secret=True)
+    with Owner(owner, place / "model") as serving:
+        party = joined(command, owner, tmp_path)
+        emulated = command.json("party", "emulate", party, run)
+        assert emulated["metrics"]["loss"] < emulated["base_metrics"]["loss"]
+        tuned = command.json("party", "tune", party, run)
+        assert tuned["metrics"]["loss"] < tuned["base_metrics"]["loss"]
+        assert tuned["private"]["up"] > 0 and tuned["private"]["samples"] == 32
+        assert "--overwrite" in command.refused("party", "tune", party, run)
+        own = command.json("party", "tune", party, run, "--personal")
+        assert own["metrics"]["loss"] < tuned["metrics"]["loss"]
+        write_rows(tmp_path / "new.jsonl", [{"prompt": row["prompt"]} for row in rows_of(3)])
+        assert command.json("party", "predict", party, "--data", tmp_path / "new.jsonl", "-o", tmp_path / "out.jsonl",
+                            "--max-new-tokens", "6")["rows"] == 3
+        lines = (tmp_path / "out.jsonl").read_text().splitlines()
+        assert [set(json.loads(line)) for line in lines] == 3 * [{"row", "where", "text"}]
+        said = command("party", "chat", party, "--max-new-tokens", "4", stdin="hello\n\n")
+        assert said.code == 0 and said.out.count("\n") >= 2, said.err
+        status = command.json("owner", "status", owner)
+        assert status["running"] and status["address"] == serving.address
+        assert [(one["party"], one["state"]) for one in status["parties"]] == [("a", "enrolled")]
+        assert status["parties"][0]["bytes"] >= tuned["private"]["up"] + tuned["private"]["down"]
+        assert command.json("owner", "revoke", owner, "--party", "a")["revoked"] > 0
+        late = ("party", "predict", party, "--data", tmp_path / "new.jsonl", "-o", tmp_path / "no.jsonl")
+        assert "revoked" in command.refused(*late, code=1)
+        assert not (tmp_path / "no.jsonl").exists()
+        assert serving.stop() == 0
+    found = command.json("owner", "audit", owner)
+    assert {"invited", "enrolled", "connected", "revoked"} <= {one["what"] for one in found["did"]}
+    for path in [*owner.rglob("*"), tmp_path / "owner.log"]:
+        if path.is_file():
+            assert CANARY.encode() not in path.read_bytes(), path
+    assert len(frames) > 40 and not any(CANARY.encode() in frame for frame in frames)
+    secrets = [path for folder in (owner, party) for path in folder.rglob("*") if path.suffix == ".key"]
+    assert len(secrets) == 2 and all(path.stat().st_mode & 0o077 == 0 for path in [*secrets, owner, party])
+    lines = (owner / "audit.jsonl").read_text().splitlines()
+    (owner / "audit.jsonl").write_text("\n".join([*lines[:2], *lines[3:]]) + "\n")
+    assert "line 3" in command.refused("owner", "audit", owner, code=command("owner", "audit", owner).code)
+    assert delta_of(party) != delta_of(party, "emulated")
+
+
+def steps_of(party):
+    """Training steps in a party's event file."""
+    path = party / "tuned" / "events.jsonl"
+    return path.read_text().count('"event": "Step"') if path.exists() else 0
+
+
+def reached(party, steps):
+    return steps_of(party) >= steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_owner_and_party_are_killed_and_nothing_is_lost(command, place, tmp_path, rounds):
+    run = run_file(tmp_path / "data", place / "emulator", max_steps=24, save_every=2, eval_every=1)
+    more = ("--rounds", rounds, "--parties-per-round", 1, "--deltas", run) if rounds else ()
+    found = {}
+    for name, kills in (("whole", False), ("killed", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        owner = folder / "owner"
+        command.json("owner", "init", owner, "--name", "acme")
+        with Owner(owner, place / "model", "127.0.0.1:0", *more) as serving:
+            party = joined(command, owner, folder)
+            tuning = Process(folder / "party.log", "party", "tune", party, run, "--json")
+            if kills:
+                wait_for(partial(reached, party, 7), tuning)
+                tuning.kill()
+                assert 7 <= steps_of(party) < 24
+                tuning = Process(folder / "party.log", "party", "tune", party, run, "--json")
+                wait_for(partial(reached, party, 14), tuning)
+                serving.kill()
+                assert tuning.process.poll() is None
+                with Owner(owner, place / "model", serving.address, *more):
+                    tuning.wait()
+            else:
+                tuning.wait()
+        assert steps_of(party) == 24 * max(1, rounds)
+        found[name] = delta_of(party)
+        assert command.json("owner", "audit", owner)["lines"] > 24
+    assert found["whole"] == found["killed"]
+
+
+@pytest.mark.slow
+def test_two_parties_in_joint_rounds_end_with_the_same_prefix(command, place, tmp_path):
+    runs = {name: run_file(tmp_path / f"{name}-data", place / "emulator", count=count, word=word)
+            for name, count, word in (("a", 16, "good"), ("b", 8, "bad"))}
+    owner = tmp_path / "owner"
+    command.json("owner", "init", owner, "--name", "acme")
+    with Owner(owner, place / "model", "127.0.0.1:0", "--rounds", 2, "--deltas", runs["a"]):
+        parties = {name: joined(command, owner, tmp_path, name) for name in runs}
+        command.json("party", "emulate", parties["a"], runs["a"])
+        tuning = [Process(tmp_path / f"{name}.log", "party", "tune", parties[name], run, "--json") for name, run in runs.items()]
+        for one in tuning:
+            one.wait()
+        status = command.json("owner", "status", owner)
+    assert status["rounds"] == 3  # the first joins what was tuned on the emulators
+    assert delta_of(parties["a"]) == delta_of(parties["b"])
+    facts = [json.loads((parties[name] / "state" / "tuned.json").read_text())["private"] for name in runs]
+    assert [one["rounds"] for one in facts] == [2, 2] and [one["samples"] for one in facts] == [64, 64]
