@@ -4,11 +4,14 @@ import json
 from functools import partial
 
 import pytest
+import torch
+import transformers
 
 from deltaloom.private import client
 from deltaloom.private.wire.convert import encode_message
-from tests.cli.private_flow import CANARY, Owner, Process, delta_of, emulator_of, rows_of, run_file, toy_model, wait_for
-from tests.jobs.small import write_rows
+from tests.cli.private_flow import CANARY, PREFIX, Owner, Process, delta_of, emulator_of, rows_of, run_file, toy_model, wait_for
+from tests.jobs.small import NO_DROP, WIDTH, records, write_rows, write_run
+from tests.toy_tokenizers import word_piece
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -144,3 +147,54 @@ def test_two_parties_in_joint_rounds_end_with_the_same_prefix(command, place, tm
     assert delta_of(parties["a"]) == delta_of(parties["b"])
     facts = [json.loads((parties[name] / "state" / "tuned.json").read_text())["private"] for name in runs]
     assert [one["rounds"] for one in facts] == [2, 2] and [one["samples"] for one in facts] == [64, 64]
+
+
+@pytest.mark.slow
+def test_a_new_head_trains_at_the_party(command, tmp_path):
+    """Sequence classification with an encoder: labels and head stay home."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**WIDTH | NO_DROP | {"num_hidden_layers": 4}, vocab_size=len(word_piece()),
+                                     max_position_embeddings=64)
+    transformers.BertModel(config).save_pretrained(tmp_path / "model")
+    word_piece().save_pretrained(tmp_path / "model")
+    command.json("compress", tmp_path / "model", "-o", tmp_path / "emulator", "--method", "emulator", "--keep-first", "1",
+                 "--keep-last", "1", "--middle", "1", "--task", "sequence-classification")
+    data = tmp_path / "data"
+    data.mkdir()
+    write_rows(data / "train.jsonl", records("text-label"))
+    write_rows(data / "dev.jsonl", records("text-label", 12, seed=1))
+    run = write_run(data, {"model": str(tmp_path / "emulator"), "task": "sequence-classification", "deltas": [PREFIX],
+                           "data": {"train": "train.jsonl", "eval": "dev.jsonl", "max_length": 64},
+                           "train": {"max_steps": 40, "batch_size": 8, "learning_rate": 0.01, "precision": "fp32"},
+                           "private": {"cut": 1, "codec": "fp32"}})
+    owner = tmp_path / "owner"
+    command.json("owner", "init", owner, "--name", "acme")
+    labels = ("--task", "sequence-classification", "--labels", "bad,good", "--rounds", 1, "--parties-per-round", 1)
+    with Owner(owner, tmp_path / "model", "127.0.0.1:0", *labels, "--deltas", run):
+        party = joined(command, owner, tmp_path)
+        command.json("party", "emulate", party, run)
+        tuned = command.json("party", "tune", party, run)
+        assert tuned["metrics"]["loss"] < tuned["base_metrics"]["loss"] and tuned["private"]["rounds"] == 1
+        assert tuned["head_parameters"] > 0
+        assert command.json("party", "predict", party, "--data", data / "dev.jsonl", "-o", tmp_path / "out.jsonl")["rows"] == 12
+        assert {json.loads(line)["label"] for line in (tmp_path / "out.jsonl").read_text().splitlines()} <= {"good", "bad"}
+        assert "does not write text" in command.refused("party", "chat", party)
+
+
+@pytest.mark.slow
+def test_labels_at_the_owner_and_a_guard(command, place, tmp_path):
+    guard = {"guard": "gaussian", "norm": 2.0, "sigma": 0.01}
+    run = run_file(tmp_path / "data", place / "emulator", private={"labels": "owner", "codec": "int8", "guards": [guard]})
+    owner = tmp_path / "owner"
+    command.json("owner", "init", owner, "--name", "acme")
+    with Owner(owner, place / "model"):
+        party = joined(command, owner, tmp_path)
+        tuned = command.json("party", "tune", party, run)
+    assert tuned["metrics"]["loss"] < tuned["base_metrics"]["loss"]
+    write_rows(tmp_path / "sample.jsonl", rows_of(24))
+    found = command.json("leakage", party, "--data", tmp_path / "sample.jsonl", "--rows", "4", "--noise", "3",
+                         "--attack", "nearest-embedding", "--attack", "probe-table")
+    assert {one["case"] for one in found["table"]} == {"none", "the run's guards", "gaussian, 3 x rms"}
+    assert {one["attack"] for one in found["table"]} == {"nearest-embedding", "probe-table"}
+    assert "unknown attack" in command.refused("leakage", party, "--data", tmp_path / "sample.jsonl", "--attack", "magic")
+    assert (party / "leakage.html").exists()

@@ -58,7 +58,7 @@ def test_the_example_is_a_run_file_of_the_demo():
 @pytest.mark.slow
 def test_one_owner_and_two_parties_as_processes(command, tmp_path):
     run = run_file(tmp_path / "data", toy_model(tmp_path / "model"), count=48)
-    small = [part for one in ("rows=40", "held_out=6", "keep_last=1", "middle=1", "attacked=4", "noise=[2]",
+    small = [part for one in ("rows=40", "held_out=6", "keep_last=1", "middle=1", "attacked=4", "noise=[2]", "emulate=[]",
                               "attacks=[nearest-embedding, probe-table]") for part in ("--size", one)]
     found = command.json("private-demo", run, "-o", tmp_path / "demo", *small)
     assert list(found["bars"]) == BARS

@@ -55,6 +55,8 @@ class DemoSettings(Settings):
     rounds: int = Field(2, ge=1, description="joint rounds of split tuning, each of train.max_steps steps")
     keep_last: int = Field(2, ge=0, description="last blocks that the emulator keeps")
     middle: int = Field(12, ge=0, description="blocks between that the emulator keeps")
+    emulate: tuple[str, ...] = Field(("train.learning_rate=0.01", "train.max_steps=12"), description="overrides of the run file "
+                                     "for step 2, which is another task for the front than step 4")
     attacked: int = Field(8, ge=2, description="texts that are attacked")
     noise: tuple[float, ...] = Field((4.0,), description="noise for the leakage table, in multiples of an activation's size")
     attacks: tuple[str, ...] = Field((), description="attacks; none named: all")
@@ -140,7 +142,8 @@ def _tuned(run: Run, parts: Parts, private: PrivateSettings, demo: DemoSettings,
         party_jobs.join(invite, folder / name, say=lambda text: None)
         invite.unlink()
     say("Each party tunes on the emulator")
-    processes.all({name: ("party", "emulate", folder / name, path) for name, path in run_files.items()})
+    overrides = [part for one in demo.emulate for part in ("-s", one)]
+    processes.all({name: ("party", "emulate", folder / name, path, *overrides) for name, path in run_files.items()})
     say(f"The parties tune over the cut, {demo.rounds} joint rounds of {parts.train.max_steps} steps")
     processes.all({name: ("party", "tune", folder / name, path) for name, path in run_files.items()})
     processes.stop(serving)
