@@ -59,7 +59,8 @@ class DemoSettings(Settings):
                                      "for step 2, which is another task for the front than step 4")
     attacked: int = Field(8, ge=2, description="texts that are attacked")
     noise: tuple[float, ...] = Field((4.0,), description="noise for the leakage table, in multiples of an activation's size")
-    attacks: tuple[str, ...] = Field((), description="attacks; none named: all")
+    attacks: tuple[str, ...] = Field(("nearest-embedding", "probe-table", "sequential-matching"), description="attacks; none "
+                                     "named: all, which takes minutes on a real model")
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> DemoSettings:
