@@ -77,8 +77,9 @@ def party_rows(found: Found) -> list[tuple[str, ...]]:
 def demo_page(found: Found) -> str:
     """The demo's page: self-contained, without scripts."""
     metrics, rows = bar_rows(found)
+    drawn = [metric for metric in metrics if metric != "perplexity" or "loss" not in metrics]  # one is the other's exponential
     charts = [Markup(bar_chart(f"{metric} on held-out rows", [Bar(name, scores[metric]) for name, scores in
-                                                              found["bars"].items()])) for metric in metrics]
+                                                              found["bars"].items()])) for metric in drawn]
     sections = [Section("What private tuning is worth", ("bar", *metrics, "what it is"), rows, charts),
                 Section("Parties", PARTY, party_rows(found))]
     lead = (f"{found['model']}, cut after {found['cut']} of {found['blocks']} blocks; one owner and {len(found['parties'])} "
