@@ -23,6 +23,7 @@ BASELINE = "lora"
 
 TRANSFORMS = ("identity", "dft", "dct", "haar", "data", "frame")
 RULED = ("identity", "frame")  # transforms with which the rank rules and importances are compared
+AT_THE_BUDGET = ("dct", "haar")  # with these `capped` left some tiny runs far below their budget: what if it stays there?
 DEFAULTS = {"granularity": "entry", "rule": "capped", "importance": "weight-gradient"}
 WAYS = {"fixed": {"rule": "fixed", "reserve": 1}, "tube": {**DEFAULTS, "granularity": "tube"}, "entry": DEFAULTS}
 
@@ -47,6 +48,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     **{f"tsvd-{transform}-{way}": _tsvd(transform, settings) for transform in TRANSFORMS for way, settings in WAYS.items()},
     **{f"tsvd-{transform}-{rule}": _tsvd(transform, {**DEFAULTS, "rule": rule})
        for transform in RULED for rule in ("budget", "share", "effective")},
+    **{f"tsvd-{transform}-budget": _tsvd(transform, {**DEFAULTS, "rule": "budget"}) for transform in AT_THE_BUDGET},
     **{f"tsvd-{transform}-gradient": _tsvd(transform, {**DEFAULTS, "importance": "gradient"}) for transform in RULED},
     "tsvd-literal": {"method": "tsvd", "preset": "literal"},
 }
