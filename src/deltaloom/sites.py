@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -315,8 +314,3 @@ def _nothing_matches(missed: list[str], candidates: list[Site], kinds: tuple[Kin
     if not candidates:
         return TargetError(f"this model has no {where} that could carry the delta", got=", ".join(missed))
     return TargetError(f"no {where} matches the target", got=", ".join(missed), legal=names + words, hint=hint)
-
-
-def is_low_precision(tensor: Tensor) -> bool:
-    """Whether a tensor is stored in 16 bits or fewer."""
-    return tensor.dtype in (torch.bfloat16, torch.float16)

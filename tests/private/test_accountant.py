@@ -10,12 +10,10 @@ from deltaloom.errors import CheckpointError, SettingsError
 from deltaloom.private.accountant import (
     Cost,
     Ledger,
-    epsilon_from_renyi,
     gaussian_delta,
     gaussian_epsilon,
     gaussian_mu,
     log_normal_cdf,
-    renyi,
 )
 
 MUS = (0.05, 0.3, 1.0, 2.5, 7.0)
@@ -61,20 +59,10 @@ def test_the_analytic_noise_is_less_than_the_classical_one():
 
 
 @pytest.mark.parametrize("mu", MUS)
-@pytest.mark.parametrize("alpha", (1.5, 2.0, 8.0))
-def test_renyi_divergence_is_the_integral(mu, alpha):
-    peak = alpha * (alpha - 1) * mu * mu / 2  # taken out of the integrand, which would overflow
-
-    def moment(x: float) -> float:
-        return math.exp(alpha * stats.norm.logpdf(x, mu) + (1 - alpha) * stats.norm.logpdf(x) - peak)
-    value = integrate.quad(moment, alpha * mu - 12, alpha * mu + 12, limit=300)[0]
-    assert (math.log(value) + peak) / (alpha - 1) == pytest.approx(renyi(mu, alpha), rel=1e-6)
-
-
-@pytest.mark.parametrize("mu", MUS)
 def test_the_classical_conversion_never_promises_more(mu):
     for delta in (1e-9, 1e-5, 1e-2):
-        assert gaussian_epsilon(mu, delta) <= epsilon_from_renyi(mu, delta)
+        rho = mu * mu / 2  # zero-concentrated privacy
+        assert gaussian_epsilon(mu, delta) <= rho + 2 * math.sqrt(rho * math.log(1 / delta))
 
 
 def test_composition_is_exact_for_two_releases():

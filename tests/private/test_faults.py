@@ -30,7 +30,7 @@ def assert_steps(wire: GrpcChannel, first: int, last: int, window: int = 4) -> N
             assert_same(future.result(60), local.answer("a", request))
 
 
-def killed(tmp_path, kills: int, seed: int) -> None:
+def assert_nothing_is_lost_by_kills(tmp_path, kills: int, seed: int) -> None:
     """Kill -9 of the owner's process at random moments of a stream of steps, each time followed by a restart."""
     owner_folder(tmp_path / "o")
     chance = random.Random(seed)
@@ -57,16 +57,16 @@ def killed(tmp_path, kills: int, seed: int) -> None:
 
 
 def test_kill_9_of_the_owner_loses_nothing(tmp_path):
-    killed(tmp_path, 1, seed=0)
+    assert_nothing_is_lost_by_kills(tmp_path, 1, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kill_9_of_the_owner_at_twenty_random_points_loses_nothing(tmp_path):
-    killed(tmp_path, 20, seed=1)
+    assert_nothing_is_lost_by_kills(tmp_path, 20, seed=1)
 
 
-def through(tmp_path, fault, steps: int = 12, *, more_connections: bool = True, reconnect: Reconnect = QUICK) -> None:
+def assert_steps_pass(tmp_path, fault, steps: int = 12, *, more_connections: bool = True, reconnect: Reconnect = QUICK) -> None:
     """Steps through a proxy with a fault, while another party goes straight."""
     with service(tmp_path / "o") as owner, Proxy(lambda: owner.address, fault) as proxy:
         member, other = (joined(owner.authority, tmp_path, name, owner.address) for name in ("a", "b"))
@@ -79,27 +79,27 @@ def through(tmp_path, fault, steps: int = 12, *, more_connections: bool = True, 
 
 
 def test_connections_that_are_cut_at_random_bytes(tmp_path):
-    through(tmp_path, random_cuts(3, 40_000))
+    assert_steps_pass(tmp_path, random_cuts(3, 40_000))
 
 
 def test_a_slow_connection(tmp_path):
-    through(tmp_path, lambda number: Fault(delay=0.01), 3, more_connections=False)
+    assert_steps_pass(tmp_path, lambda number: Fault(delay=0.01), 3, more_connections=False)
 
 
 def test_a_connection_that_falls_silent_is_noticed(tmp_path):
-    through(tmp_path, lambda number: Fault(hold=20_000 if number == 0 else None), 8)
+    assert_steps_pass(tmp_path, lambda number: Fault(hold=20_000 if number == 0 else None), 8)
 
 
 def test_a_connection_that_changes_bytes(tmp_path):
-    through(tmp_path, lambda number: Fault(spoil=15_000 if number < 2 else None), 8)
+    assert_steps_pass(tmp_path, lambda number: Fault(spoil=15_000 if number < 2 else None), 8)
 
 
 def test_a_connection_that_reorders_bytes(tmp_path):
-    through(tmp_path, lambda number: Fault(swap=15_000 if number < 2 else None), 8)
+    assert_steps_pass(tmp_path, lambda number: Fault(swap=15_000 if number < 2 else None), 8)
 
 
 def test_a_connection_that_is_played_twice_to_the_owner(tmp_path):
-    through(tmp_path, lambda number: Fault(twin=True), 3, more_connections=False)
+    assert_steps_pass(tmp_path, lambda number: Fault(twin=True), 3, more_connections=False)
 
 
 def test_sigterm_answers_what_is_under_way_and_the_client_goes_on_with_the_next_process(tmp_path):

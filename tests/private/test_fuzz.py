@@ -99,7 +99,7 @@ def hostile_stream(wire, frames: list[bytes], party: str) -> str:
     return heard
 
 
-def attack(folder, count: int) -> None:
+def assert_others_are_served_under_attack(folder, count: int) -> None:
     owner_folder(folder / "o")
     with OwnerProcess(folder / "o") as owner:
         from deltaloom.private.authority import Authority
@@ -138,10 +138,10 @@ def attack(folder, count: int) -> None:
 
 @pytest.mark.timeout(120)
 def test_malformed_frames_leave_a_live_server_serving_others(tmp_path):
-    attack(tmp_path, 300)
+    assert_others_are_served_under_attack(tmp_path, 300)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_ten_thousand_malformed_frames_leave_a_live_server_serving_others(tmp_path):
-    attack(tmp_path, 10_000)
+    assert_others_are_served_under_attack(tmp_path, 10_000)

@@ -118,10 +118,8 @@ class ToyRounds:
 
 def main() -> None:
     from deltaloom.private.journal import log_to
-    from deltaloom.private.process import share_cores
     from deltaloom.private.service import Service
 
-    share_cores()
     log_to()
     folder, listen = Path(sys.argv[1]), sys.argv[2]
     seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0

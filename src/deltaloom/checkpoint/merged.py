@@ -47,6 +47,8 @@ def write_model(model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dty
             _set_dtype(folder / "config.json", dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
         return _compare(type(model), folder, state)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from pydantic import Field, field_validator
 
 from deltaloom.compress._blocks import stacks_of
 from deltaloom.compress._factors import check_shared, opened_factors
-from deltaloom.compress.base import Facts, Work
+from deltaloom.compress.base import Compressor, Facts, Work
 from deltaloom.deltas.base import Method, layer_indices, method_from
 from deltaloom.deltas.full import Full
 from deltaloom.errors import RefusedError, listed
@@ -25,6 +27,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FIRST = 10  # steps whose mean loss is told as that of the beginning, and of the end
+
+
+class TrainingStep(Compressor, ABC):
+    """What the steps that train share: settings."""
+
+    calibrates: ClassVar[bool] = True
+
+    deltas: tuple[dict[str, Any], ...] = ()
+    """Records of methods as in a run file, of those that can be folded in.
+    Of a factored layer NAME the factors are the layers NAME.right and NAME.left."""
+    train: TrainSettings = TrainSettings(epochs=1)
+    """As the `train` section of a run file, over these defaults."""
+    layers: tuple[int, ...] | None = None
+    """Only these blocks are trained."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of initial values and of the order of rows."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _over_defaults(cls, value: Any) -> Any:
+        return over_defaults(value, cls.model_fields["train"].default)
+
+    @field_validator("deltas")
+    @classmethod
+    def _known_methods(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        methods_of(value, cls.name)
+        return value
 
 
 def everything(model: PreTrainedModel) -> Method:

@@ -18,15 +18,15 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaloom.compress._blocks import stacks_of
 from deltaloom.compress._factors import opened_factors
 from deltaloom.compress._hidden import is_decoder, real_places
-from deltaloom.compress._learning import everything, free_layers, learn, methods_of, narrowed, over_defaults
-from deltaloom.compress.base import Compressor, Facts, Work
+from deltaloom.compress._learning import TrainingStep, everything, free_layers, learn, methods_of, narrowed
+from deltaloom.compress.base import Facts, Work
 from deltaloom.data.batches import Batch
 from deltaloom.data.encode import IGNORED
 from deltaloom.errors import RefusedError, TargetError
@@ -35,15 +35,13 @@ from deltaloom.train.settings import TrainSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRAIN = TrainSettings(epochs=1, learning_rate=1e-4)
 MICRO_TOKENS = 512  # of a micro-batch: the logits of both models are kept for it
 
 
-class Distil(Compressor):
-    """Let the model learn from the original."""
+class Distil(TrainingStep):
+    """Let the model learn from the original; by default all weights of the blocks do."""
 
     name: ClassVar[str] = "distil"
-    calibrates: ClassVar[bool] = True
 
     loss: Literal["logits", "hidden", "offsite"] = "logits"
     """What is compared."""
@@ -55,25 +53,8 @@ class Distil(Compressor):
     """Of the task's own loss."""
     keep_last: int = Field(0, ge=0)
     """offsite: blocks at the end that the compared one lies before."""
-    deltas: tuple[dict[str, Any], ...] = ()
-    """Records of methods as in a run file, of those that can be folded in; default: all weights of the blocks.
-    Of a factored layer NAME the factors are the layers NAME.right and NAME.left."""
-    train: TrainSettings = Field(TRAIN, description="as the `train` section of a run file, over defaults of its own")
-    layers: tuple[int, ...] | None = None
-    """Only these blocks are trained."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Of initial values and of the order of rows."""
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _over_defaults(cls, value: Any) -> Any:
-        return over_defaults(value, TRAIN)
-
-    @field_validator("deltas")
-    @classmethod
-    def _known_methods(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-        methods_of(value, cls.name)
-        return value
+    train: TrainSettings = TrainSettings(epochs=1, learning_rate=1e-4)
+    """As the `train` section of a run file; by default one epoch at a learning rate of 1e-4."""
 
     def sketch(self, model: PreTrainedModel) -> None:
         """Nothing changes its shape.

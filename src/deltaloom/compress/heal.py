@@ -8,13 +8,11 @@ arXiv 2305.11627, heals in the same way). Rows that have nothing to do with how 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from pydantic import Field, field_validator
+from typing import TYPE_CHECKING, ClassVar
 
 from deltaloom.compress._factors import opened_factors
-from deltaloom.compress._learning import free_layers, learn, methods_of, narrowed, over_defaults
-from deltaloom.compress.base import Compressor, Facts, Work
+from deltaloom.compress._learning import TrainingStep, free_layers, learn, methods_of, narrowed
+from deltaloom.compress.base import Facts, Work
 from deltaloom.deltas.base import Method
 from deltaloom.deltas.lora import LoRA
 from deltaloom.train.feed import MICRO_TOKENS
@@ -23,34 +21,14 @@ from deltaloom.train.settings import TrainSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRAIN = TrainSettings(epochs=1, learning_rate=5e-4)
 
-
-class Heal(Compressor):
-    """Tune deltas on the compressed model and fold them in."""
+class Heal(TrainingStep):
+    """Tune deltas on the compressed model and fold them in; by default low-rank ones of rank 8 on all linears."""
 
     name: ClassVar[str] = "heal"
-    calibrates: ClassVar[bool] = True
 
-    deltas: tuple[dict[str, Any], ...] = ()
-    """Records of methods as in a run file, of those that can be folded in; default: low-rank deltas of rank 8 on all linears.
-    Of a factored layer NAME the factors are the layers NAME.right and NAME.left."""
-    train: TrainSettings = Field(TRAIN, description="as the `train` section of a run file, over defaults of its own")
-    layers: tuple[int, ...] | None = None
-    """Only these blocks are trained."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Of initial values and of the order of rows."""
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _over_defaults(cls, value: Any) -> Any:
-        return over_defaults(value, TRAIN)
-
-    @field_validator("deltas")
-    @classmethod
-    def _known_methods(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-        methods_of(value, cls.name)
-        return value
+    train: TrainSettings = TrainSettings(epochs=1, learning_rate=5e-4)
+    """As the `train` section of a run file; by default one epoch at a learning rate of 5e-4."""
 
     def sketch(self, model: PreTrainedModel) -> None:
         """Nothing changes its shape.

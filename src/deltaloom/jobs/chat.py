@@ -10,7 +10,8 @@ from typing import Any
 from deltaloom.errors import RefusedError
 from deltaloom.evaluate.base import Task
 from deltaloom.generate import stream
-from deltaloom.jobs.opening import Opened, delta_folder, open_source
+from deltaloom.jobs.opening import delta_folder, open_source
+from deltaloom.tuned import Tuned
 
 HELP = "Write something; an empty line ends. /base switches the delta off and on, /new forgets the conversation."
 
@@ -27,7 +28,17 @@ def chat(source: str, *, delta: Path | None = None, temperature: float = 0.0, ma
     if not opened.task.generates:
         raise RefusedError("this model does not write text", got=opened.task.name, hint="Use `deltaloom predict`.")
     opened.model.eval()
-    write = write or sys.stdout.write
+
+    def answer(prompt: Any, turn: int) -> Iterator[str]:
+        return stream(opened.model, opened.task.tokenizer, prompt, max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
+                      temperature=temperature, seed=seed + turn)
+
+    converse(opened.task, opened.tuned, answer, read, write or sys.stdout.write)
+
+
+def converse(task: Task, tuned: Tuned | None, answer: Callable[[Any, int], Iterator[str]], read: Callable[[str], str],
+             write: Callable[[str], Any]) -> None:
+    """Lines in, answers out as they come, until an empty line; `answer` takes a prompt and the number of turns before it."""
     write(HELP + "\n")
     turns: list[dict[str, str]] = []
     while True:
@@ -40,17 +51,16 @@ def chat(source: str, *, delta: Path | None = None, temperature: float = 0.0, ma
         if line == "/new":
             turns = []
         elif line == "/base":
-            _switch(opened, write)
+            _switch(tuned, write)
         else:
             turns.append({"role": "user", "content": line})
-            answer = ""
-            for piece in stream(opened.model, opened.task.tokenizer, prompt_of(opened.task, turns), max_new_tokens=max_new_tokens,  # type: ignore[arg-type]
-                                temperature=temperature, seed=seed + len(turns)):
+            said = ""
+            for piece in answer(prompt_of(task, turns), len(turns)):
                 write(piece)
                 sys.stdout.flush()
-                answer += piece
+                said += piece
             write("\n")
-            turns.append({"role": "assistant", "content": answer})
+            turns.append({"role": "assistant", "content": said})
 
 
 def prompt_of(task: Task, turns: list[dict[str, str]]) -> Any:
@@ -67,10 +77,10 @@ def _ids(encoded: Any) -> Iterator[int]:
     yield from (ids[0] if ids and isinstance(ids[0], list) else ids)
 
 
-def _switch(opened: Opened, write: Callable[[str], Any]) -> None:
-    if opened.tuned is None:
+def _switch(tuned: Tuned | None, write: Callable[[str], Any]) -> None:
+    if tuned is None:
         write("There is no delta to switch.\n")
         return
-    using = opened.tuned.in_use()
-    opened.tuned.use(None if using else next(iter(opened.tuned.lanes)))
+    using = tuned.in_use()
+    tuned.use(None if using else next(iter(tuned.lanes)))
     write("The bare model answers.\n" if using else "The tuned model answers.\n")

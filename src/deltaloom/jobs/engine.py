@@ -100,12 +100,8 @@ class Here(Engine):
 
     def resume(self, folder: Path, identity: dict[str, str], emit: Emitter) -> bool:
         """From the newest whole checkpoint."""
-        self.checkpoint = latest_checkpoint(folder / "checkpoints", emit)
-        if self.checkpoint is None:
-            return False
-        check_same(self.checkpoint, self.prepared.parts.train, identity)
-        self.checkpoint.rewind(folder / "events.jsonl")
-        return True
+        self.checkpoint = resumable(folder, self.prepared, identity, emit)
+        return self.checkpoint is not None
 
     def train(self, loop: Loop) -> TrainResult:
         """One run of the loop."""
@@ -114,6 +110,19 @@ class Here(Engine):
                      seed=prepared.run.file.seed, evaluate=(lambda tuned: self.scores().metrics) if prepared.held else None,
                      goal=Goal(*goal_of(prepared)), folder=loop.folder / "checkpoints", log=loop.log, resume=self.checkpoint,
                      identity=loop.identity, floor_rate=loop.floor_rate)
+
+
+def resumable(folder: Path, prepared: Prepared, identity: dict[str, str], emit: Emitter) -> Checkpoint | None:
+    """The newest whole checkpoint of a run folder, whose event file then ends where it goes on; None if there is none.
+
+    Raises:
+        CheckpointError: it is of another run; nothing is changed.
+    """
+    checkpoint = latest_checkpoint(folder / "checkpoints", emit)
+    if checkpoint is not None:
+        check_same(checkpoint, prepared.parts.train, identity)
+        checkpoint.rewind(folder / "events.jsonl")
+    return checkpoint
 
 
 def written(task: Task) -> Write:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deltaloom.errors import SettingsError
 from deltaloom.events import Acted, Emitter, Evaluated, Event, Started
-from deltaloom.jobs.engine import Loop, feed_of, goal_of
+from deltaloom.jobs.engine import Loop, feed_of, goal_of, resumable
 from deltaloom.jobs.party import PartyState
 from deltaloom.jobs.prepare import Prepared
 from deltaloom.private.client import GrpcChannel
@@ -74,12 +74,8 @@ class Alone(Training):
 
     def resume(self, folder: Path, identity: dict[str, str], emit: Emitter) -> bool:
         """From the newest whole checkpoint."""
-        self.checkpoint = latest_checkpoint(folder / "checkpoints", emit)
-        if self.checkpoint is None:
-            return False
-        check_same(self.checkpoint, self.prepared.parts.train, identity)
-        self.checkpoint.rewind(folder / "events.jsonl")
-        return True
+        self.checkpoint = resumable(folder, self.prepared, identity, emit)
+        return self.checkpoint is not None
 
     def run(self, loop: Loop, evaluate: Evaluate | None) -> TrainResult:
         """One run of the loop."""

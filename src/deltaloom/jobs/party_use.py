@@ -19,7 +19,7 @@ from deltaloom.errors import RefusedError, SettingsError, UsageError
 from deltaloom.evaluate.base import Targets, Task, task_named
 from deltaloom.events import finite
 from deltaloom.files import write_atomic
-from deltaloom.jobs.chat import HELP, prompt_of
+from deltaloom.jobs.chat import converse
 from deltaloom.jobs.party import FRONT, PERSONAL, STATE, TUNED, PartyState, connect, guards_of, member
 from deltaloom.jobs.runfile import Run, read_run_file
 from deltaloom.private.client import GrpcChannel
@@ -130,31 +130,10 @@ def chat(folder: Path, *, temperature: float = 0.0, max_new_tokens: int = 256, s
         raise RefusedError("this model does not write text", got=opened.task.name, hint="Use `deltaloom party predict`.")
     if temperature < 0:
         raise SettingsError("a temperature is at least 0", got=temperature)
-    write = write or sys.stdout.write
     with channel_of(opened) as channel:
         writer = Writer(opened.tuned, opened.front, channel, opened.task.tokenizer, guards_of(opened.settings, opened.state))
-        write(HELP + "\n")
-        turns: list[dict[str, str]] = []
-        while True:
-            try:
-                line = read("> ").strip()
-            except EOFError:
-                return
-            if not line:
-                return
-            if line == "/new":
-                turns = []
-            elif line == "/base":
-                using = opened.tuned.in_use()
-                opened.tuned.use(None if using else next(iter(opened.tuned.lanes)))
-                write("The bare model answers.\n" if using else "The tuned model answers.\n")
-            else:
-                turns.append({"role": "user", "content": line})
-                answer = ""
-                for piece in writer.stream(prompt_of(opened.task, turns), max_new_tokens=max_new_tokens, temperature=temperature,
-                                           seed=seed + len(turns)):
-                    write(piece)
-                    sys.stdout.flush()
-                    answer += piece
-                write("\n")
-                turns.append({"role": "assistant", "content": answer})
+
+        def answer(prompt: Any, turn: int) -> Iterator[str]:
+            return writer.stream(prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + turn)
+
+        converse(opened.task, opened.tuned, answer, read, write or sys.stdout.write)

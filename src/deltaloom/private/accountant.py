@@ -78,18 +78,6 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
     return _bisect(lambda mu: gaussian_delta(mu, epsilon) <= delta, low, high, upper=False)
 
 
-def renyi(mu: float, alpha: float) -> float:
-    """The Renyi divergence of order alpha > 1 between the two neighbouring outputs: alpha mu^2 / 2."""
-    return alpha * mu * mu / 2
-
-
-def epsilon_from_renyi(mu: float, delta: float) -> float:
-    """The classical bound rho + 2 sqrt(rho log(1 / delta)) of zero-concentrated privacy; never below `gaussian_epsilon`."""
-    _check_delta(delta)
-    rho = renyi(mu, 1.0)
-    return rho + 2 * math.sqrt(rho * math.log(1 / delta))
-
-
 @dataclass(frozen=True)
 class Cost:
     """What one release of one row costs.

@@ -52,14 +52,3 @@ def take_common(tuned: Tuned, common: SavedDelta) -> None:
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(common.state[key])
-
-
-def personal_part(tuned: Tuned, common_methods: int) -> SavedDelta:
-    """The party's own methods alone, as a delta of its own."""
-    whole = tuned.saved()
-    state = {}
-    for key, tensor in whole.state.items():
-        index, _, rest = key.partition(":")
-        if int(index) >= common_methods:
-            state[f"{int(index) - common_methods}:{rest}"] = tensor
-    return SavedDelta(whole.methods[common_methods:], state)
