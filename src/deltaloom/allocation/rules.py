@@ -1,8 +1,8 @@
 """From the scores of now and of the decision before to the components that stay.
 
 Every rule maps `Scores` to (priority of each component, cost that may be kept); `keep_within` then keeps the components of the
-highest priority within that cost. Rules that divide the sum of two scores by one another are left out: they telescope, so that
-the rank only follows the size of the gradients and dies with it.
+highest priority that fit within that cost. Rules that divide the sum of two scores by one another are left out: they telescope,
+so that the rank only follows the size of the gradients and dies with it.
 """
 
 from __future__ import annotations
@@ -66,15 +66,22 @@ def relative_scores(scores: Scores) -> Tensor:
 
 
 def keep_within(priority: Tensor, costs: Tensor, allowed: float) -> Tensor:
-    """A mask (n,) of the components of highest priority whose costs together are at most `allowed`, and at least one.
+    """A mask (n,) of components whose costs together are at most `allowed`, and at least one.
 
-    With equal costs it is an exact top-k. Ties go to the lower index, so that every process decides alike.
+    Taken by priority; one that does not fit is passed over for what comes after it: where components differ in size, stopping
+    there would leave much of a small budget unused. With equal costs it is an exact top-k. Ties go to the lower index, so that
+    every process decides alike.
     """
-    order = _order(priority)
-    total = costs[order].cumsum(0)
-    number = int((total <= allowed * (1 + 1e-12)).sum())
+    order = _order(priority).tolist()
+    chosen, left = order[:1], allowed * (1 + 1e-12)
+    prices = costs.tolist()
+    left -= prices[order[0]]
+    for index in order[1:]:
+        if prices[index] <= left:
+            chosen.append(index)
+            left -= prices[index]
     mask = torch.zeros(len(priority), dtype=torch.bool, device=priority.device)
-    mask[order[:max(1, number)]] = True
+    mask[chosen] = True
     return mask
 
 

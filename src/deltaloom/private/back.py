@@ -5,7 +5,8 @@ what is kept between requests (graphs of forward passes that a gradient will fol
 the party sends when it hears `ForgottenError`. So a restarted owner loses nothing.
 
 Requests that wait at the same moment are answered together where they can be joined: one forward and backward pass for several
-parties' micro-batches. Then the last bits depend on the company; alone, they are the unsplit model's.
+parties' micro-batches. Then the last bits depend on the company; alone, they are the unsplit model's. Micro-batches of one party
+are never joined with one another, however many are under way: a party that is alone gets the same bits whenever they arrive.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class Back:
                 self._settle([call])
                 continue
             size = len(request.rows.hidden)
-            if joined and tokens + size > self.settings.together_tokens:
+            if joined and (tokens + size > self.settings.together_tokens or any(call.party == other.party for other in joined)):
                 self._settle(joined)
                 joined, tokens = [], 0
             joined.append(call)
