@@ -39,6 +39,8 @@ def dense_attention(query, key, value, mask, *, scaling, causal, position_bias=N
                     if rows.log_gate is not None:
                         front = front + rows.log_gate[b].double()
                     front = front.exp() if rows.visible is None else front.exp() * rows.visible[b]
+                    if rows.spared is not None and int((weights > 0).sum()) == 1:  # it sees one key of the text alone
+                        front = front * ~rows.spared[min(b, len(rows.spared) - 1)]
                     weights = torch.cat([front, weights])
                     seen_values = torch.cat([own.values[:, h // group].double(), seen_values])
                 total = weights.sum() + (0 if sinks is None else sinks[h].double().exp())

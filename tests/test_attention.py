@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,7 +82,9 @@ MASKS = {"none": None, "keys": PADDING[:, None, None], "bool": CAUSAL_PADDED,
          "float": torch.where(CAUSAL_PADDED, NOISE, torch.finfo(torch.float32).min),
          "heads": CAUSAL_PADDED.expand(2, 4, 5, 5)}
 PREFIXES = {"no-prefix": None, "shared": random_prefix(), "one": random_prefix(1), "rows": random_prefix(rows=2),
-            "lanes": lanes(), "gate": PrefixRows(random_prefix().keys, random_prefix().values, None, torch.tensor([-2.0, 0.5]))}
+            "lanes": lanes(), "spared": replace(random_prefix(), spared=torch.tensor([[True] * 3])),
+            "some-spared": replace(lanes(), spared=torch.tensor([[True, True, False], [True, False, True]])),
+            "gate": PrefixRows(random_prefix().keys, random_prefix().values, None, torch.tensor([-2.0, 0.5]))}
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -108,11 +111,13 @@ def test_extras_equal_dense_attention(path, prefix, mask, extra):
 
 
 @pytest.mark.parametrize("heads, kv_heads, time, keys", [(1, 1, 1, 1), (4, 1, 3, 3), (4, 4, 1, 6), (6, 2, 1, 6), (2, 1, 2, 4)])
-@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("prefix", [False, True, "spared"])
 def test_shapes(path, heads, kv_heads, time, keys, prefix):
     """One query sees all keys; more queries than one, without a mask, see their own past from the first key on."""
     query, key, value = make(3, heads, kv_heads, time, keys)
     rows = random_prefix(2, kv_heads) if prefix else None
+    if prefix == "spared":
+        rows = replace(rows, spared=torch.tensor([[True, False]]))
     want = dense_attention(query, key, value, None, scaling=0.4, causal=True, rows=rows)
     torch.testing.assert_close(attend(query, key, value, None, rows).double(), want, atol=2e-6, rtol=1e-5)
 

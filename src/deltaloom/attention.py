@@ -57,19 +57,23 @@ class PrefixRows:
     keys, values: (P, kv_heads, head_dim) for all rows, or (rows, P, kv_heads, head_dim).
     visible: bool (rows, P), False where a row has no prefix or a shorter one (its values there do not matter); None: all.
     log_gate: (rows,), added to the prefix scores of a row before the softmax; None: nothing.
+    spared: bool (rows or 1, P), True for keys that are hidden from a query which sees no other key of the text than one: the
+    first token of a causal row; None: none are.
     """
 
     keys: Tensor
     values: Tensor
     visible: Tensor | None = None
     log_gate: Tensor | None = None
+    spared: Tensor | None = None
 
     def select(self, rows: Tensor) -> PrefixRows:
         """The prefix of some rows; `rows` holds their indices, (n,)."""
         shared = self.keys.dim() == 3
         return PrefixRows(self.keys if shared else self.keys[rows], self.values if shared else self.values[rows],
                           None if self.visible is None else self.visible[rows],
-                          None if self.log_gate is None else self.log_gate[rows])
+                          None if self.log_gate is None else self.log_gate[rows],
+                          self.spared if self.spared is None or len(self.spared) == 1 else self.spared[rows])
 
 
 class PrefixSlot(ABC):
@@ -301,6 +305,11 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask if mask.dtype == dtype else mask.clamp_min(lowest).to(dtype)  # a wider dtype's lowest would become -inf
 
 
+def _seen(mask: Tensor) -> Tensor:
+    """Where a mask lets a query see a key."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
 def _by_group(bias: Tensor, kv_heads: int) -> Tensor:
     """(batch | 1, heads | 1, T, S) -> (batch | 1, kv_heads | 1, group | 1, T, S)."""
     return bias[:, :, None] if bias.shape[1] == 1 else bias.unflatten(1, (kv_heads, -1))
@@ -327,11 +336,12 @@ def _per_row(values: Tensor, batch: int) -> Tensor:
 def _mask_with_prefix(mask: Tensor | None, rows: PrefixRows, query: Tensor, length: int) -> Tensor | None:
     """The mask over [prefix | keys]; None if every query may see everything."""
     width = rows.keys.shape[-3]
-    if rows.visible is None and rows.log_gate is None:
+    if rows.visible is None and rows.log_gate is None and rows.spared is None:
         return None if mask is None else F.pad(mask, (width, 0), value=1 if mask.dtype == torch.bool else 0)
     batch = query.shape[0]
     if mask is None:
         mask = torch.ones(1, 1, 1, length - width, dtype=torch.bool, device=query.device)
+    alone = None if rows.spared is None else _seen(mask).sum(-1, keepdim=True) == 1
     front = torch.ones(batch, width, dtype=torch.bool, device=query.device)
     if rows.visible is not None:
         front = _per_row(rows.visible.to(query.device), batch)
@@ -341,6 +351,9 @@ def _mask_with_prefix(mask: Tensor | None, rows: PrefixRows, query: Tensor, leng
         front = front + _per_row(rows.log_gate.to(query.device, query.dtype), batch)[:, None]
     heads, time = mask.shape[1], mask.shape[2]
     columns = front[:, None, None].expand(batch, heads, time, width)
+    if alone is not None and rows.spared is not None:
+        hidden = alone & _per_row(rows.spared.to(query.device), batch)[:, None, None]
+        columns = columns.masked_fill(hidden, 0 if columns.dtype == torch.bool else torch.finfo(columns.dtype).min)
     return torch.cat([columns, mask.expand(batch, heads, time, -1)], dim=-1)
 
 

@@ -10,6 +10,7 @@ import torch
 import transformers as t
 from torch import Tensor, nn
 
+from deltaloom.attention import Segments, prefix_slot
 from deltaloom.deltas import _positions
 from deltaloom.deltas import prefix as prefix_module
 from deltaloom.deltas._positions import turned
@@ -175,6 +176,40 @@ def test_a_subset_of_layers_changes_nothing_below_it() -> None:
         plain = tuned(**batch).logits
     assert not torch.allclose(tuned(**batch).logits, plain, atol=1e-4)
     assert torch.equal(hidden[0], hidden[1])
+
+
+@pytest.mark.parametrize("layout", ["llama", "gpt2", "qwen3"])
+def test_a_prefix_on_some_layers_leaves_the_first_token_as_it_is(layout: str) -> None:
+    """Packed or padded on either side, in a batch or alone, and while decoding with a cache."""
+    tuned = attach(toy(layout), [Prefix(length=3, layers="0")])
+    perturb(tuned)
+    ids = toy_batch(layout, labels=False)["input_ids"]
+    with torch.no_grad():
+        with tuned.use(None):
+            plain = tuned(input_ids=ids).logits
+        found = tuned(input_ids=ids).logits
+        torch.testing.assert_close(found[:, 0], plain[:, 0])
+        assert (found[:, 1:] - plain[:, 1:]).abs().amin(1).amax() > 1e-5
+        pads = torch.full((len(ids), 2), 3)
+        mask = torch.cat([torch.zeros_like(pads), torch.ones_like(ids)], 1)
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        left = tuned(input_ids=torch.cat([pads, ids], 1), attention_mask=mask, position_ids=places).logits[:, 2:]
+        torch.testing.assert_close(left, found, atol=1e-5, rtol=1e-5)
+        cache = tuned(input_ids=ids[:, :1], use_cache=True)
+        rest = tuned(input_ids=ids[:, 1:], past_key_values=cache.past_key_values).logits
+        torch.testing.assert_close(torch.cat([cache.logits, rest], 1), found, atol=1e-5, rtol=1e-5)
+        lengths = (ids.shape[1],) * len(ids)
+        segments = Segments(lengths)
+        packed = tuned(input_ids=ids.reshape(1, -1), position_ids=segments.positions(), segments=segments).logits
+        torch.testing.assert_close(packed.view(found.shape), found, atol=1e-5, rtol=1e-5)
+
+
+def test_who_sees_a_prefix_follows_from_its_settings() -> None:
+    assert not Prefix().spares_first and not Prefix(layers="0", first_token="sees").spares_first
+    assert Prefix(first_token="alone").spares_first and Prefix(targets=("re:.*self_attn",)).spares_first
+    both = attach(toy("llama"), [Prefix(length=2, first_token="sees"), Prefix(length=3, first_token="alone")])
+    rows = prefix_slot(both.model.model.layers[0].self_attn).rows(2)
+    assert rows.spared.tolist() == [[False] * 2 + [True] * 3]
 
 
 def test_two_prefixes_of_one_delta_follow_one_another() -> None:
@@ -401,7 +436,7 @@ def to_peft(tuned: Tuned) -> PeftPart:
 
 @pytest.mark.parametrize("layout, settings, reason", [
     ("t5", {}, "decoder alone"), ("bart", {}, "decoder alone"), ("llama", {"layers": (0,)}, "every layer"),
-    ("gpt2", {}, "position_shift"), ("bert", {}, "position_shift")])
+    ("llama", {"first_token": "alone"}, "first token"), ("gpt2", {}, "position_shift"), ("bert", {}, "position_shift")])
 def test_what_peft_cannot_hold_is_refused(layout: str, settings: dict, reason: str) -> None:
     with pytest.raises(RefusedError, match=reason):
         to_peft(attach(toy(layout), [Prefix(length=3, **settings)]))
@@ -423,7 +458,8 @@ def test_damaged_peft_files_are_refused() -> None:
 
 @pytest.mark.parametrize("settings, reason", [
     ({"length": 0}, "length"), ({"init": "text"}, "text"), ({"text": "a"}, "text"), ({"layers": "x"}, "layers"),
-    ({"reparametrise": 8, "init": "vocabulary"}, "network"), ({"size": 3}, "unknown key")])
+    ({"first_token": "never"}, "first_token"), ({"reparametrise": 8, "init": "vocabulary"}, "network"),
+    ({"size": 3}, "unknown key")])
 def test_wrong_settings(settings: dict, reason: str) -> None:
     with pytest.raises(SettingsError, match=reason):
         Prefix(**settings)

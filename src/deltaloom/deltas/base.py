@@ -112,9 +112,12 @@ class LowRankDelta(Delta, ABC):
 class PrefixDelta(Delta, ABC):
     """Keys and values in front of an attention site."""
 
+    # Whether they are hidden from a query that sees one key of the text alone: the first token of a causal row.
+    spares_first: bool = False
+
     @abstractmethod
     def keys_values(self) -> tuple[Tensor, Tensor]:
-        """keys and values, each (length, kv_heads, head_dim), seen by every query before the keys of the text."""
+        """keys and values, each (length, kv_heads, head_dim), seen by queries before the keys of the text."""
 
 
 class InputDelta(Delta, ABC):

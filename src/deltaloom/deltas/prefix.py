@@ -7,6 +7,11 @@ form makes all layers' prefixes from one small table by a two-layer network, onc
 so training goes on from them, and PEFT's files get the keys and values themselves.
 
 A prefix has no position: the text keeps its positions, which with rotary ones is the same as P tokens before the text.
+
+Decoders rest on their first token: it sees itself alone, and the others attend to it where they want nothing (attention sinks,
+Xiao et al. 2023, arXiv 2309.17453). A prefix on every layer takes its place. A prefix on the first layers alone takes it away
+from the layers above, so there the first token does not see the prefix (`first_token`). Measured on SmolLM2-135M, loss 2.21
+without a prefix: one on the first two of 30 layers gives 5.90 at birth if the first token sees it and 2.24 if it does not.
 """
 
 from __future__ import annotations
@@ -134,6 +139,9 @@ class Prefix(Method):
     """With init text: its first `length` tokens, begun again where it has fewer."""
     reparametrise: int | None = Field(None, ge=1)
     """Hidden size of the network that makes the prefixes; null trains keys and values themselves."""
+    first_token: Literal["auto", "sees", "alone"] = "auto"
+    """Whether the first token of a causal text sees the prefix. auto: it does where the prefix is on all attention modules, as
+    PEFT's; it does not where `targets` or `layers` name some."""
     position_shift: bool = False
     """Let the text begin at position `length` of a table of positions, as PEFT does: a text as prefix then stands before it."""
 
@@ -152,13 +160,24 @@ class Prefix(Method):
         deltas: dict[Site, Delta] = {}
         if self.position_shift:
             deltas[_shifted_table(model)] = PositionShift(self.length)
+        shared: dict[str, nn.Module] = {}
+        made: dict[Site, DirectPrefix | ReparametrisedPrefix]
         if self.reparametrise is not None:
             network = PrefixNetwork(self.length, self.reparametrise, shapes, context.generator)
-            deltas.update({site: ReparametrisedPrefix(network, index) for index, site in enumerate(sites)})
-            return Attachment(deltas, {"network": network})
-        deltas.update({site: DirectPrefix(*pair) for site, pair in
-                       zip(sites, self._initial(model, sites, shapes, context), strict=True)})
-        return Attachment(deltas)
+            made = {site: ReparametrisedPrefix(network, index) for index, site in enumerate(sites)}
+            shared["network"] = network
+        else:
+            made = {site: DirectPrefix(*pair) for site, pair in
+                    zip(sites, self._initial(model, sites, shapes, context), strict=True)}
+        for delta in made.values():
+            delta.spares_first = self.spares_first
+        return Attachment({**deltas, **made}, shared)
+
+    @property
+    def spares_first(self) -> bool:
+        """Whether the first token of a causal text does not see the prefix."""
+        everywhere = self.targets == "attention" and self.layers is None
+        return self.first_token == "alone" or (self.first_token == "auto" and not everywhere)
 
     def _initial(self, model: PreTrainedModel, sites: Sequence[Site], shapes: Sequence[tuple[int, int]],
                  context: AttachContext) -> list[tuple[Tensor, Tensor]]:
@@ -181,6 +200,9 @@ class Prefix(Method):
             raise RefusedError("PEFT's prefix covers every layer", got=f"{len(prefixes)} layers", legal=f"{len(sites)} layers",
                                hint="Keep the native format.")
         _check_positions(model, self.position_shift)
+        if self.spares_first:
+            raise RefusedError("PEFT's prefix is seen by the first token too", got=f"first_token: {self.first_token}",
+                               legal="first_token: sees", hint="Keep the native format.")
         with torch.no_grad():
             pairs = [delta.keys_values() for delta in prefixes.values()]
             keys = turned(_transformers(model), sites, [pair[0].float() for pair in pairs], self.length)

@@ -27,23 +27,29 @@ class RoutedPrefix(PrefixSlot):
         found = [(rows, *self._keys_values(lane)) for lane, rows in groups if lane in self.lanes]
         if not found:
             return None
+        sparing = any(delta.spares_first for deltas in self.lanes.values() for delta in deltas)
         if found[0][0] is None:
-            return PrefixRows(found[0][1], found[0][2])
-        length = max(keys.shape[0] for _, keys, _ in found)
+            return PrefixRows(found[0][1], found[0][2], spared=found[0][3][None] if sparing else None)
+        length = max(keys.shape[0] for _, keys, _, _ in found)
         first = found[0][1]
         keys, values = (first.new_zeros(count, length, *first.shape[1:]) for _ in range(2))
-        visible = torch.zeros(count, length, dtype=torch.bool, device=first.device)
-        for rows, own_keys, own_values in found:
+        visible, spared = (torch.zeros(count, length, dtype=torch.bool, device=first.device) for _ in range(2))
+        for rows, own_keys, own_values, own_spared in found:
             keys[rows, :own_keys.shape[0]] = own_keys
             values[rows, :own_keys.shape[0]] = own_values
             visible[rows, :own_keys.shape[0]] = True
-        return PrefixRows(keys, values, visible)
+            spared[rows, :own_keys.shape[0]] = own_spared
+        return PrefixRows(keys, values, visible, spared=spared if sparing else None)
 
-    def _keys_values(self, lane: str | None) -> tuple[Tensor, Tensor]:
-        pairs = [delta.keys_values() for delta in self.lanes[str(lane)]]
+    def _keys_values(self, lane: str | None) -> tuple[Tensor, Tensor, Tensor]:
+        """A lane's keys, values, and which of them the first token does not see."""
+        deltas = self.lanes[str(lane)]
+        pairs = [delta.keys_values() for delta in deltas]
+        spared = [torch.full(keys.shape[:1], delta.spares_first, device=keys.device)
+                  for delta, (keys, _) in zip(deltas, pairs, strict=True)]
         if len(pairs) == 1:
-            return pairs[0]
-        return torch.cat([keys for keys, _ in pairs]), torch.cat([values for _, values in pairs])
+            return *pairs[0], spared[0]
+        return torch.cat([keys for keys, _ in pairs]), torch.cat([values for _, values in pairs]), torch.cat(spared)
 
 
 def install_prefix(model: nn.Module, lane: str, site: Site, delta: PrefixDelta, routing: Routing) -> None:
