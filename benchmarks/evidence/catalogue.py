@@ -24,6 +24,7 @@ BASELINE = "lora"
 TRANSFORMS = ("identity", "dft", "dct", "haar", "data", "frame")
 RULED = ("identity", "frame")  # transforms with which the rank rules and importances are compared
 AT_THE_BUDGET = ("dct", "haar")  # with these `capped` left some tiny runs far below their budget: what if it stays there?
+NARROW = ("q", "v")          # where LoRA sits at the tiny budget: is it the place that makes the difference there?
 DEFAULTS = {"granularity": "entry", "rule": "capped", "importance": "weight-gradient"}
 WAYS = {"fixed": {"rule": "fixed", "reserve": 1}, "tube": {**DEFAULTS, "granularity": "tube"}, "entry": DEFAULTS}
 
@@ -50,6 +51,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
        for transform in RULED for rule in ("budget", "share", "effective")},
     **{f"tsvd-{transform}-budget": _tsvd(transform, {**DEFAULTS, "rule": "budget"}) for transform in AT_THE_BUDGET},
     **{f"tsvd-{transform}-gradient": _tsvd(transform, {**DEFAULTS, "importance": "gradient"}) for transform in RULED},
+    **{f"tsvd-{transform}-qv": _tsvd(transform, {**DEFAULTS, "roles": NARROW}) for transform in AT_THE_BUDGET},
     "tsvd-literal": {"method": "tsvd", "preset": "literal"},
 }
 ONLY_AT = {"adalora-all": ("tiny",)}  # elsewhere it is what another candidate is
@@ -70,8 +72,13 @@ def deltas_of(candidate: str, budget: str, task: str) -> list[dict[str, Any]]:
     Raises:
         SettingsError: the method does not exist, or not with these settings.
     """
-    record, share = candidate_named(candidate), BUDGETS[budget]
-    if record["method"] in FITTED:
+    record, share = dict(candidate_named(candidate)), BUDGETS[budget]
+    roles = record.pop("roles", None)
+    if roles is not None:
+        chosen = [site for site in block_sites(task) if site.role in roles]
+        rank = budget_parameters(budget, task) / parameters_of(chosen)
+        record = {**record, "targets": [site.path for site in chosen], "rank": rank}
+    elif record["method"] in FITTED:
         record = {**record, "rank": fitted_rank(candidate, budget, task)}
     elif record["method"] == SHARED_SIDE:
         record = {**record, **shared_side(share, task)}
@@ -127,7 +134,12 @@ def block_sites(task: str) -> list[Site]:
 
 def budget_parameters(budget: str, task: str) -> int:
     """Parameters that a budget stands for."""
-    return round(BUDGETS[budget] * sum(site.d_in + site.d_out for site in block_sites(task)))
+    return round(BUDGETS[budget] * parameters_of(block_sites(task)))
+
+
+def parameters_of(sites: Sequence[Site]) -> int:
+    """Those of LoRA rank 1."""
+    return sum(site.d_in + site.d_out for site in sites)
 
 
 @lru_cache
