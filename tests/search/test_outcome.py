@@ -1,6 +1,6 @@
 """Best trial and Pareto front against the definition."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaloom.search.outcome import Objective, Record, best_of, pareto_front
@@ -13,6 +13,7 @@ def records_of(points):
     return [Record(index, state, values={"accuracy": float(a), "size": float(b)}) for index, (a, b, state) in enumerate(points)]
 
 
+@settings(deadline=None, max_examples=60)
 @given(POINTS)
 def test_the_front_is_what_nobody_beats(points):
     records = records_of(points)
@@ -30,6 +31,7 @@ def test_the_front_is_what_nobody_beats(points):
         assert best is None
 
 
+@settings(deadline=None, max_examples=60)
 @given(POINTS)
 def test_one_objective_has_one_best(points):
     front = pareto_front(records_of(points), [UP])

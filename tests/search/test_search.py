@@ -1,10 +1,15 @@
 """`deltaloom search` on tiny models: what it finds is what `tune` does, and what goes wrong is said."""
 
 import json
+import os
+import signal
+import sys
 
 import pytest
 import yaml
 
+from deltaloom.jobs import trial as trial_job
+from deltaloom.jobs.prepare import prepare
 from deltaloom.jobs.search import search
 from deltaloom.jobs.searchfile import read_search_file
 from deltaloom.search.study import Asked
@@ -64,6 +69,8 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on_and_is_resumed(model
 def test_a_pruned_trial_ends_at_once_and_only_the_best_keep_their_deltas(objectives, models, tmp_path, command, monkeypatch):
     told = Asked.told
     monkeypatch.setattr(Asked, "told", lambda self, value: told(self, value) or self.number == 1)
+    loads = []
+    monkeypatch.setattr(trial_job, "prepare", lambda run, parts, **more: loads.append(run) or prepare(run, parts, **more))
     values = search_values(models, tmp_path, deltas=[LORA], objectives=objectives, train={"eval_every": 1}, trials=3)
     found = command.json("search", write_run(tmp_path, values))
     assert [trial["state"] for trial in found["trials"]] == ["complete", "pruned", "complete"]
@@ -71,9 +78,34 @@ def test_a_pruned_trial_ends_at_once_and_only_the_best_keep_their_deltas(objecti
     assert len(pruned["curve"]) == 1 and "at step 1 of 4" in pruned["reason"]
     events = [json.loads(line)["event"] for line in (tmp_path / "run/trials/0001/events.jsonl").read_text().splitlines()]
     assert events.count("Step") == 1
+    assert len(loads) == 1, "model and rows are shared by the trials, also after one was ended in the middle"
     kept = {entry["number"] for entry in found["pareto"]}
     for number in range(3):
         assert (tmp_path / f"run/trials/{number:04d}/delta").exists() == (number in kept)
+
+
+def test_an_interrupted_search_says_so_and_goes_on(models, tmp_path, command, monkeypatch):
+    path = write_run(tmp_path, search_values(models, tmp_path, deltas=[LORA], train={"eval_every": 2}))
+    told = Asked.told
+
+    def interrupt(self, value):
+        if self.number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return told(self, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Asked, "told", interrupt)
+        assert "interrupted" in command.refused("search", path, code=130)
+    found = command.json("search", path, "--resume")
+    assert [trial["state"] for trial in found["trials"]] == ["complete", "lost", "complete", "complete"]
+    lost, again = found["trials"][1:3]
+    assert again["again"] == 1 and again["settings"] == lost["settings"] and "trial 2" in lost["reason"]
+
+
+def test_without_optuna_the_hint_says_what_to_install(models, tmp_path, command, monkeypatch):
+    path = write_run(tmp_path, search_values(models, tmp_path))
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert "pip install 'deltaloom[search]'" in command.refused("search", path)
 
 
 def test_constraints_before_and_after_training(models, tmp_path, command):
@@ -95,7 +127,6 @@ def test_constraints_before_and_after_training(models, tmp_path, command):
     assert json.loads((tmp_path / "other/search.json").read_text())["best"] is None
 
 
-SEARCH = "search: {trials: 2}"
 BAD = {
     "empty": (["train.learning_rate=0.1", "deltas=[{method: bitfit}]"], "the space is empty"),
     "log from zero": (["train.learning_rate={log: [0, 1]}"], "log has no zero"),

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaloom.errors import SettingsError
@@ -54,6 +54,7 @@ def picker(seed, seen):
     return pick
 
 
+@settings(deadline=None, max_examples=60)
 @given(TREES, st.integers(0, 99))
 def test_what_is_filled_in_has_no_open_value_and_is_found_again_by_its_parameters(tree, seed):
     space, parameters = space_of(tree), {}
@@ -63,6 +64,7 @@ def test_what_is_filled_in_has_no_open_value_and_is_found_again_by_its_parameter
     assert set(parameters) <= {dimension.name for dimension in space.dimensions}
 
 
+@settings(deadline=None, max_examples=60)
 @given(TREES)
 def test_names_are_unique_and_stable(tree):
     space = space_of(tree)
@@ -72,6 +74,7 @@ def test_names_are_unique_and_stable(tree):
     assert again == space and again.described() == space.described()
 
 
+@settings(deadline=None, max_examples=60)
 @given(FINITE_TREES)
 def test_a_finite_space_is_tried_out_whole_and_once(tree):
     space = parse_space({"train": {"size": {"int": [1, 2]}, "tree": tree}})
@@ -96,6 +99,7 @@ def test_the_names_of_a_readers_space():
         space.values({"train.learning_rate": 0.001, "deltas": "lora"})
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10_000))
 def test_every_sampled_run_file_is_one(seed):
     space = parse_space({"model": "m", "task": "causal-lm", "data": {"train": "a", "eval": "b"}, "seed": 1, "deltas": {"choice": [

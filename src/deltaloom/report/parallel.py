@@ -38,13 +38,15 @@ def parallel_chart(title: str, axes: Sequence[Axis], strands: Sequence[Strand]) 
     places = [_SIDE + index * step for index in range(len(axes))]
     columns = [[strand.values[index] for strand in strands] for index in range(len(axes))]
     heights = [_heights(axis, column) for axis, column in zip(axes, columns, strict=True)]
-    parts = [_axis(axis, x, index, marks) for index, (axis, x, (_, marks)) in enumerate(zip(axes, places, heights, strict=True))]
+    drawn = [_axis(axis, x, index, marks) for index, (axis, x, (_, marks)) in enumerate(zip(axes, places, heights, strict=True))]
+    parts = []
     for strand in sorted(strands, key=lambda strand: strand.quality):
         points = " ".join(f"{x:.1f},{height(value):.1f}"
                           for x, value, (height, _) in zip(places, strand.values, heights, strict=True))
         tone = round(min(1.0, max(0.0, strand.quality)) * (TONES - 1))
         parts.append(element("polyline", points=points, class_=f"strand t{tone}", title=strand.said))
-    return canvas(_WIDTH, _HEIGHT, f"{title}. {len(strands)} trials over {', '.join(axis.name for axis in axes)}", "".join(parts))
+    said = f"{title}. {len(strands)} trials over {', '.join(axis.name for axis in axes)}"
+    return canvas(_WIDTH, _HEIGHT, said, "".join([*parts, *drawn]))
 
 
 def _heights(axis: Axis, column: Sequence[Value]) -> tuple[Callable[[Value], float], list[tuple[str, float]]]:
@@ -70,5 +72,5 @@ def _axis(axis: Axis, x: float, index: int, marks: Sequence[tuple[str, float]]) 
     name, y = shortened(axis.name, 26), 14.0 if index % 2 else 30.0
     parts = [element("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="axis"),
              element("text", text=name, x=x, y=y, text_anchor="middle", class_="strong")]
-    parts += [element("text", text=label, x=x - 6, y=y + 4, text_anchor="end") for label, y in marks]
+    parts += [element("text", text=label, x=x - 6, y=y + 4, text_anchor="end", class_="over") for label, y in marks]
     return element("g", "".join(parts), title=axis.name)

@@ -17,7 +17,7 @@ from deltaloom.report.parallel import MOST_AXES, MOST_STRANDS, Axis, Strand, par
 from deltaloom.search.outcome import Objective, Record, best_of
 
 SHOWN, MOST_ROWS = 10, 1000
-WORDS = {"complete": "", "pruned": "pruned", "infeasible": "breaks a constraint", "failed": "failed", "lost": "cut off",
+WORDS = {"complete": "", "pruned": "pruned", "infeasible": "outside a constraint", "failed": "failed", "lost": "cut off",
          "running": "running", "waiting": "waiting"}
 
 
@@ -147,7 +147,8 @@ def _parallel(found: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]]) -> 
     strands = [Strand((*[_place(trial["settings"].get(name)) for name in shown], trial["values"][first]),
                       (trial["values"][first] - worst) / (best - worst) if best != worst else 1.0, _said(trial))
                for trial in ranked[:MOST_STRANDS]]
-    note = "darker is better" + (f"; the {len(shown)} most important of {len(names)} settings" if len(shown) < len(names) else "")
+    note = "the more a line stands out, the better"
+    note += f"; the {len(shown)} most important of {len(names)} settings" if len(shown) < len(names) else ""
     return Chart("Settings of the trials", Markup(parallel_chart("Settings of the trials", axes, strands)), note)
 
 
