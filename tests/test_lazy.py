@@ -8,7 +8,7 @@ import pytest
 
 LIGHT = ["deltaloom", "deltaloom.errors", "deltaloom.settings", "deltaloom.events", "deltaloom.report", "deltaloom.models",
          "deltaloom.deltas", "deltaloom.cli.main"]
-HEAVY = ["torch", "transformers", "pyarrow", "sklearn"]
+HEAVY = ["torch", "transformers", "pyarrow", "sklearn", "optuna"]
 
 
 def loaded_by(module: str) -> list[str]:

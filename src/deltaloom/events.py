@@ -169,7 +169,7 @@ class JsonLines:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _drop_cut_line(path)
+            drop_cut_line(path)
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")  # a lone surrogate becomes its JSON escape
 
     def __call__(self, event: Event) -> None:
@@ -204,7 +204,8 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _drop_cut_line(path: Path) -> None:
+def drop_cut_line(path: Path) -> None:
+    """Remove a last line that a crash left without its end."""
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):
         with path.open("r+b") as file:

@@ -32,6 +32,7 @@ from deltaloom.cli import (
     predict,
     private_demo,
     report,
+    search,
     tune,
 )
 from deltaloom.errors import DeltaloomError
@@ -54,6 +55,7 @@ def options(version: bool = typer.Option(False, "--version", callback=_version, 
 
 
 app.command("tune")(tune.tune)
+app.command("search")(search.search)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)

@@ -18,8 +18,10 @@ OWN = ("run.yaml", "environment.json", "events.jsonl", "metrics.json", "report.h
        "predictions.jsonl", "README.md", "tensorboard")
 
 
-def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
+def check_folder(path: Path, *, resume: bool, overwrite: bool, own: Sequence[str] = OWN, mark: str = "run.yaml") -> None:
     """Whether a run may write to the folder; nothing is written yet.
+
+    `own` is what such runs write, `mark` the file that tells that one has.
 
     Raises:
         SettingsError: --resume together with --overwrite. RefusedError: the folder holds something and neither was given,
@@ -33,8 +35,8 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
         if not overwrite:
             raise RefusedError("the output folder is not empty", got=str(path),
                                hint="Go on with --resume, replace it with --overwrite, or choose another output.")
-        foreign = [item.name for item in path.iterdir() if item.name not in OWN and not item.name.startswith(".")]
-        if foreign and not (path / "run.yaml").exists():
+        foreign = [item.name for item in path.iterdir() if item.name not in own and not item.name.startswith(".")]
+        if foreign and not (path / mark).exists():
             raise RefusedError("the output folder holds files that no run wrote", got=foreign[:5],
                                hint="--overwrite replaces earlier runs only; choose another output.")
     near = next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -54,7 +56,7 @@ def check_runs(paths: Sequence[Path]) -> None:
         raise RefusedError("no run has written here", got=listed(strange), hint="Name the output folder of `deltaloom tune`.")
 
 
-def clear_folder(path: Path) -> None:
+def clear_folder(path: Path, own: Sequence[str] = OWN) -> None:
     """Make the folder, without what an earlier run left; called when everything has been checked and training begins.
 
     Raises:
@@ -62,7 +64,7 @@ def clear_folder(path: Path) -> None:
     """
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-    for name in OWN:
+    for name in own:
         item = path / name
         if item.is_dir():
             shutil.rmtree(item)

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from deltaloom.errors import SettingsError, did_you_mean
+from deltaloom.errors import SettingsError, did_you_mean, listed
+from deltaloom.search.space import open_places
 from deltaloom.settings import Settings
 
 LIMIT = 1_000_000  # bytes of a run file; anything larger is not one
@@ -45,7 +46,12 @@ class RunFile(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_compression(cls, values: Any) -> Any:
+    def _nothing_for_other_commands(cls, values: Any) -> Any:
+        places = open_places(values) if isinstance(values, dict) else []
+        if places or (isinstance(values, dict) and "search" in values):
+            raise ValueError("search: values of this run file are open or say how to search"
+                             + (f" ({listed(places)})" if places else "") + ". `deltaloom search RUN.yaml` tries them out and "
+                             "writes best.yaml, a run file whose values are settled")
         if isinstance(values, dict) and "compress" in values:
             raise ValueError("compress: a run trains a model as it is. Compress first with a run file of its own, "
                              "`deltaloom compress RUN.yaml`, then write model: DIR with the folder it made")
@@ -93,7 +99,7 @@ def parse_run(values: dict[str, Any], overrides: Sequence[str] = (), *, base: Pa
         SettingsError: an unknown key, an override that cannot be applied.
     """
     try:
-        values = _plain(values, 0, [0])  # a copy
+        values = plain(values)
     except MALFORMED as error:
         raise SettingsError(f"run: {error or type(error).__name__}") from None
     origins = dict.fromkeys(_leaves(values), "file")
@@ -167,6 +173,16 @@ def read_yaml(text: str, where: str) -> Any:
         raise SettingsError(f"{where}{line}: this is not valid YAML: {getattr(error, 'problem', None) or error}") from None
     except MALFORMED as error:
         raise SettingsError(f"{where}: this is not valid YAML: {error or type(error).__name__}") from None
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a mapping, without anything that YAML has and a run file has not.
+
+    Raises:
+        one of MALFORMED: something else is in it.
+    """
+    copy: dict[str, Any] = _plain(values, 0, [0])
+    return copy
 
 
 def _plain(value: Any, depth: int, seen: list[int]) -> Any:

@@ -41,6 +41,8 @@ from deltaloom.train.run import TrainResult
 from deltaloom.tuned import Tuned, attach, restore
 
 Through = Callable[[Prepared], Engine]
+Prepare = Callable[..., Prepared]
+"""As `prepare.prepare`."""
 
 
 def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = print,
@@ -58,15 +60,18 @@ def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = 
 
 
 def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bool = False, say: Say = print,
-              sinks: Sequence[Sink] = ()) -> dict[str, Any]:
-    """A run from its file to its folder, with the engine that `through` makes when rows and model are ready; see `tune`."""
+              sinks: Sequence[Sink] = (), make_ready: Prepare = prepare, show: bool = True) -> dict[str, Any]:
+    """A run from its file to its folder, with the engine that `through` makes when rows and model are ready; see `tune`.
+
+    `make_ready` is asked for rows and model; without `show` the terminal shows no steps.
+    """
     parts = parse_parts(run)
     folder = Path(run.file.output or f"runs/{run.name}")
     check_folder(folder, resume=resume, overwrite=overwrite)
     if parts.continued is not None and not resume and parts.continued.resolve().is_relative_to(folder.resolve()):
         raise RefusedError("the run would replace the delta that it goes on from", got=str(folder), hint="Choose another output.")
     record = read_record(needs_delta(parts.continued)) if parts.continued else None
-    prepared = prepare(run, parts, say=say, record=record)
+    prepared = make_ready(run, parts, say=say, record=record)
     if not prepared.held:
         check_no_evaluation(parts.train)
     with ExitStack() as stack:
@@ -80,10 +85,10 @@ def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bo
         resumed = resume and engine.resume(folder, _identity(prepared), Emitter([early.append]))
         if not resumed:
             clear_folder(folder)
-        progress = stack.enter_context(TerminalProgress())
+        progress = [stack.enter_context(TerminalProgress())] if show else []
         log = JsonLines(folder / "events.jsonl")
         stack.callback(log.close)
-        emit = Emitter([log, *_tensorboard(run, folder, stack), *sinks, progress])
+        emit = Emitter([log, *_tensorboard(run, folder, stack), *sinks, *progress])
         for event in early:
             emit(event)
         return _run(engine, folder, emit, say, announced=resumed)
@@ -102,7 +107,7 @@ def _run(engine: Engine, folder: Path, emit: Emitter, say: Say, *, announced: bo
     write_json(folder / "environment.json", environment() | {"threads": torch.get_num_threads(), "precision": prepared.precision})
     deltas, heads = tuned.counts()
     label_share = prepared.facts["learned_tokens"] / max(prepared.facts["tokens"], 1)
-    flops = flops_per_token(_untouched_sites(tuned), deltas + heads, label_share)
+    flops = flops_per_token(untouched_sites(tuned), deltas + heads, label_share)
     if not announced:
         _announce(prepared, tuned, total, emit)
     say(f"Delta: {count(deltas)} parameters ({deltas / total:.2%} of the model's {count(total)})"
@@ -167,7 +172,8 @@ def site_table(tuned: Tuned) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _untouched_sites(tuned: Tuned) -> list[Any]:
+def untouched_sites(tuned: Tuned) -> list[Any]:
+    """All sites of the model as it is without deltas."""
     with tuned.bare() as model:
         return all_sites(model)
 
@@ -176,20 +182,20 @@ def _resolved(prepared: Prepared, folder: Path) -> dict[str, Any]:
     """The run file that makes the same run again from the run folder: relative paths start there."""
     run, parts = prepared.run, prepared.parts
     data = parts.data.as_dict()
-    data |= {key: _seen_from(folder, data[key], run.base) for key in ("train", "eval")}
+    data |= {key: seen_from(folder, data[key], run.base) for key in ("train", "eval")}
     deltas = [method_record(method) for method in parts.methods]
     if parts.continued is not None:
-        deltas = [{"from": _seen_from(folder, str(parts.continued), Path.cwd())}]
-    model = run.file.model if model_source(run) == run.file.model else _seen_from(folder, run.file.model, run.base)
+        deltas = [{"from": seen_from(folder, str(parts.continued), Path.cwd())}]
+    model = run.file.model if model_source(run) == run.file.model else seen_from(folder, run.file.model, run.base)
     return {"model": model, "task": prepared.task.name, "data": data, "deltas": deltas, "train": parts.train.as_dict(),
             "base": parts.base.as_dict(), "log": run.file.log.as_dict(), "private": run.file.private, "seed": run.file.seed,
             "output": run.file.output}
 
 
-def _seen_from(folder: Path, value: Any, base: Path) -> Any:
+def seen_from(folder: Path, value: Any, base: Path) -> Any:
     """Relative paths that start at `base`, as they are from `folder`; others and None as they are."""
     if isinstance(value, list):
-        return [_seen_from(folder, item, base) for item in value]
+        return [seen_from(folder, item, base) for item in value]
     if value is None or Path(value).expanduser().is_absolute():
         return value
     return Path(os.path.relpath(base / value, folder)).as_posix()

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
+from deltaloom.report import text
 from deltaloom.report.svg import Point, Scale, canvas, element, scale, shortened, thinned
 from deltaloom.report.text import DASH, figure
 
@@ -86,6 +87,32 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str = "step", y
     return canvas(_WIDTH, _HEIGHT, f"{title}. {ends or 'no values'}", "".join(parts))
 
 
+@dataclass(frozen=True)
+class Mark:
+    """One point of a scatter chart; `ring`: drawn hollow; `said` is its hover title."""
+
+    x: float
+    y: float
+    said: str
+    colour: int = 0
+    ring: bool = False
+
+
+def scatter_chart(title: str, marks: Sequence[Mark], *, x_label: str, y_label: str, line: Sequence[Point] = (),
+                  x_form: Callable[[float], str] | None = None, form: Callable[[float], str] = figure) -> str:
+    """Points, and a line that says something about them (the best so far, a front). Without `x_form` the x axis counts."""
+    x = scale([mark.x for mark in marks] + [place for place, _ in line], _LEFT + 8, _WIDTH - _RIGHT - 8)
+    y = scale([mark.y for mark in marks] + [value for _, value in line], _HEIGHT - _BOTTOM, 14.0, round_to=4)
+    parts = [_axes(x, y, x_label, y_label, form, 14.0, x_form)]
+    if len(line) > 1:
+        places = " ".join(f"{x(place):.1f},{y(value):.1f}" for place, value in line)
+        parts.append(element("polyline", points=places, class_="line s1"))
+    for mark in sorted(marks, key=lambda mark: not mark.ring):
+        style = "ring" if mark.ring else f"dot s{mark.colour % SERIES}"
+        parts.append(element("circle", cx=x(mark.x), cy=y(mark.y), r=4.2 if mark.ring else 4.6, class_=style, title=mark.said))
+    return canvas(_WIDTH, _HEIGHT, f"{title}. {len(marks)} points", "".join(parts))
+
+
 def bar_chart(title: str, bars: Sequence[Bar], *, most: float | None = None, form: Callable[[float], str] = figure) -> str:
     """Horizontal bars with interval whiskers; `most` fixes the end of the axis (1 for fractions)."""
     left = _label_width([bar.name for bar in bars])
@@ -139,13 +166,15 @@ def _style(line: Series) -> str:
     return f"line s{line.colour % SERIES}{' faint' if line.faint else ''}"
 
 
-def _axes(x: Scale, y: Scale, x_label: str, y_label: str, form: Callable[[float], str], top: float) -> str:
+def _axes(x: Scale, y: Scale, x_label: str, y_label: str, form: Callable[[float], str], top: float,
+          x_form: Callable[[float], str] | None = None) -> str:
     parts = []
     for tick in y.ticks(4):
         parts.append(element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y(tick), y2=y(tick), class_="grid"))
         parts.append(element("text", text=form(tick), x=_LEFT - 7, y=y(tick) + 4, text_anchor="end"))
-    ticks = [tick for tick in x.ticks(6) if tick == round(tick)]
-    parts += [element("text", text=f"{tick:,.0f}", x=x(tick), y=_HEIGHT - _BOTTOM + 17, text_anchor="middle") for tick in ticks]
+    ticks = [tick for tick in x.ticks(6) if x_form is not None or tick == round(tick)]
+    told = x_form or text.count
+    parts += [element("text", text=told(tick), x=x(tick), y=_HEIGHT - _BOTTOM + 17, text_anchor="middle") for tick in ticks]
     parts.append(element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=_HEIGHT - _BOTTOM, y2=_HEIGHT - _BOTTOM, class_="axis"))
     parts.append(element("text", text=x_label, x=_WIDTH - _RIGHT, y=_HEIGHT - 5, text_anchor="end", class_="label"))
     if y_label:

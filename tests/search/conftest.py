@@ -1,0 +1,3 @@
+from tests.jobs.small import command, models
+
+__all__ = ["command", "models"]
