@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -272,6 +273,14 @@ class Method(Settings, ABC):
             TargetError: a target matches nothing.
         """
         return find_sites(model, self.targets, self.kinds, layer_indices(self.layers))
+
+    def settled(self, base: Path) -> Method:
+        """The same settings with the files that they name made definite: whole paths, seen from a run file's folder, and hashes.
+
+        Raises:
+            CheckpointError: such a file is missing or damaged.
+        """
+        return self
 
     @abstractmethod
     def attach(self, sites: Sequence[Site], context: AttachContext) -> Attachment:

@@ -89,7 +89,7 @@ def parse_parts(run: Run) -> Parts:
     if not entries:
         raise SettingsError("deltas names no method", hint="`deltaloom methods` lists them; write: deltas: [{method: NAME}]")
     if not any("from" in entry for entry in entries):
-        methods = tuple(method_from(entry, f"deltas.{index}") for index, entry in enumerate(entries))
+        methods = tuple(method_from(entry, f"deltas.{index}").settled(run.base) for index, entry in enumerate(entries))
         return Parts(task, data, methods, train, base, None)
     if len(entries) > 1 or set(entries[0]) != {"from"}:
         raise SettingsError("deltas: an entry with 'from' stands alone and takes no further settings", got=entries,
