@@ -202,6 +202,7 @@ class StepPlan:
     emit: Emitter = field(default_factory=Emitter)
     keep_rows: KeepRows | None = None    # as `keep_rows`, the optimizer taking the new parameter in the old one's place; without
                                          # it nothing is removed before the end
+    on_demand: bool = False              # sizes begin at their smallest and change by `Controller.grow` alone
 
 
 class WarmUp(ABC):
@@ -231,6 +232,17 @@ class Controller(ABC):
     def after_step(self, step: int) -> None:
         """Called after the optimizer's step."""
         return
+
+    def grow(self, factor: float, most: int | None) -> int:
+        """Let more of a reserve act, of a run whose plan says `on_demand`; gives back by how many trained numbers it grew.
+
+        To `factor` times what acts now, or by the smallest piece if that is more, and by `most` numbers at most.
+        """
+        return 0
+
+    def reserve(self) -> int:
+        """How many trained numbers wait to be grown."""
+        return 0
 
     def finish(self) -> None:
         """Called at the end of training: physical removal of what was masked."""
