@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deltaloom.deltas.base import InputDelta, Method, PrefixDelta
 from deltaloom.registry import class_named, names_in
 from deltaloom.tuned import Tuned, attach
+from tests.deltas.decoders import decoder_for
 from tests.toys import LAYOUTS, toy, toy_batch
 
 PACKAGE = "deltaloom.deltas"
@@ -27,6 +28,8 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "dora": [{"rank": 4}],
     "fact-tk": [{"rank": 4, "scale": 3.0}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
     "fact-tt": [{"rank": 4, "scale": 3.0}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
+    "intrinsic": [{"over": {"method": "lora", "rank": 2}, "dimension": 60, "scale": 2.0}],
+    "intrinsic-prompt": [{"decoder": decoder_for}],
     "lora": [{"rank": 4}, {"rank": 4, "targets": ("q", "k", "v", "down")}],
     "lotr": [{"rank": 4}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
     "prefix": [{"length": 3}],
@@ -37,7 +40,8 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
 }
 
 # Reasons why a call with different deltas row by row is refused.
-ROWS_REFUSED = {("full", "t5"): "row by row", ("prompt", "bert"): "row by row"}
+ROWS_REFUSED = {("full", "t5"): "row by row", ("prompt", "bert"): "row by row",
+                ("intrinsic-prompt", "bert"): "row by row"}
 
 # Methods some of whose parameters have no effect in exact arithmetic, with the reason.
 WITHOUT_EFFECT = {"bitfit": "the bias of keys moves all scores of a query alike", "full": "as with bitfit"}
@@ -69,7 +73,8 @@ class Case:
         return f"{self.name}{number}-{self.layout}"
 
     def method(self, **changes: Any) -> Method:
-        settings = EXAMPLES.get(self.name, [{}])[self.index] | changes
+        settings = {key: value(self.layout) if callable(value) else value  # what belongs to one layout's model is made for it
+                    for key, value in (EXAMPLES.get(self.name, [{}])[self.index] | changes).items()}
         return class_named(PACKAGE, self.name, Method, "method")(**settings)
 
     def tuned(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tuned:

@@ -457,3 +457,23 @@ def test_nothing_here_warns() -> None:
         tuned.checkpoint_activations()
         tuned.train()
         tuned(**toy_batch("llama"), use_cache=False).loss.backward()
+
+
+def test_one_method_is_taken_out_of_a_lane_and_the_others_stay() -> None:
+    methods = [Bottleneck(placement="parallel", size=4), BitFit(), LoRA(rank=2)]
+    tuned, other = attach(toy("llama"), methods, seed=1), attach(toy("llama"), [methods[0], methods[2]], seed=1)
+    perturb(tuned)
+    expected = {key: tensor for key, tensor in state(tuned).items() if not key.startswith("1:")}
+    tuned.add("again", [BitFit()])  # a second lane on the same layers
+    perturb(tuned, "again")
+    answers = logits(tuned, "llama")
+    tuned.discard(tuned.attached("default")[1], "default")
+    assert [part.method for part in tuned.attached("default")] == [methods[0], methods[2]]
+    other.load_delta_state({f"{min(int(key[0]), 1)}{key[1:]}": tensor for key, tensor in expected.items()})
+    with tuned.use("default"):
+        assert torch.equal(logits(tuned, "llama"), logits(other, "llama"))
+    with tuned.use("again"):
+        assert torch.equal(logits(tuned, "llama"), answers)
+    prefix = attach(toy("llama"), [Prefix(length=2), LoRA(rank=2)])
+    with pytest.raises(RefusedError, match="cannot be taken out"):
+        prefix.discard(prefix.attached()[0])

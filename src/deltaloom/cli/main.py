@@ -33,6 +33,7 @@ from deltaloom.cli import (
     private_demo,
     report,
     search,
+    subspace,
     tune,
 )
 from deltaloom.errors import DeltaloomError
@@ -67,6 +68,7 @@ app.command("combine")(combine.combine)
 app.command("compress", context_settings=compress.CONTEXT)(compress.compress)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.add_typer(subspace.app, name="subspace")
 app.command("methods")(methods.methods)
 app.add_typer(models.app, name="models")
 app.add_typer(owner.app, name="owner")

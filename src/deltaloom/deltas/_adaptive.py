@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -133,12 +133,17 @@ class RankController(Controller):
         self.initial = float(self._costs().sum())
         self.previous = torch.zeros(len(self._costs()), dtype=torch.float64)
         self.importance = self._importance(policy) if policy is not None else None
+        if policy is not None and plan.on_demand:
+            self._begin_small(policy)
 
     def after_step(self, step: int) -> None:
         """Note importance, decide when it is time, keep vectors orthonormal."""
         self.step = step
         policy = self.policy
-        if policy is not None and not self.compact:
+        if policy is not None and self.importance is not None and self.plan.on_demand:
+            self.importance.observe()
+            self._silence()
+        elif policy is not None and not self.compact:
             if step < policy.schedule.last and self.importance is not None:
                 self.importance.observe()
             if policy.schedule.due(step):
@@ -167,6 +172,53 @@ class RankController(Controller):
         if kept > target * (1 + 1e-9) and len(self._units().unique()) > 1:  # one component stays whatever it costs
             self.plan.emit(Warned(kind="budget", message="the delta is of a step before the last decision on ranks: it keeps "
                                   f"{kept / target:.3g} times the budget, {kept:.0f} instead of {target:.0f}"))
+
+    # ---- growing on demand ----------------------------------------------------------------------------------------
+
+    def reserve(self) -> int:
+        """The numbers of the components that wait."""
+        return int(sum(float(pool.terms.numbers()[~pool.terms.mask].sum()) for pool in self.pools)) if self.plan.on_demand else 0
+
+    def grow(self, factor: float, most: int | None) -> int:
+        """The waiting components with the best scores join in; what acts already stays."""
+        if self.policy is None or not self.plan.on_demand or self.compact:
+            return 0
+        unit, weight, scores = self._units(), self._weights(), self._scores()
+        kept = torch.cat([pool.terms.mask.cpu() for pool in self.pools])
+        count = int(unit.max()) + 1 if len(unit) else 0
+        numbers = torch.cat([pool.terms.numbers().double().cpu() for pool in self.pools])
+        score, cost, here = (torch.zeros(count, dtype=torch.float64).index_add_(0, unit, values)
+                             for values in (scores * weight, numbers, kept.double()))
+        waiting = here == 0
+        if not bool(waiting.any()):
+            return 0
+        now = float(cost[~waiting].sum())
+        allowed = max(now * factor, now + float(cost[waiting].min()))
+        allowed = allowed if most is None else min(allowed, now + most)
+        if now + float(cost[waiting].min()) > allowed:
+            return 0
+        first = torch.cat([_round_robin(pool) for pool in self.pools])  # where no score tells them apart
+        tie = torch.zeros(count, dtype=torch.float64).index_add_(0, unit, first) / (1 + first.max()) * 1e-12
+        priority = score / cost / (score / cost).max().clamp_min(1e-300) - tie
+        chosen = keep_within(torch.where(waiting, priority, torch.inf), cost, allowed)
+        self._act(chosen[unit])
+        self.policy = replace(self.policy, target=float(self._costs()[chosen[unit]].sum()))
+        self._tell(self.step, scores, chosen[unit], float(allowed / numbers.sum()), self.policy.row_name)
+        return int(cost[chosen].sum() - now)
+
+    def _begin_small(self, policy: Policy) -> None:
+        """Silence all but what the final budget allows, spread evenly; what does something already stays."""
+        unit = self._units()
+        count = int(unit.max()) + 1 if len(unit) else 0
+        does = torch.cat([pool.terms.silent().detach().flatten(1).any(1).cpu() for pool in self.pools])
+        cost, order, alive = (torch.zeros(count, dtype=torch.float64).index_add_(0, unit, values) for values in (
+            self._costs(), torch.cat([_round_robin(pool) for pool in self.pools]), does.double()))
+        self._act((keep_within(-order, cost, policy.target) | (alive > 0))[unit])
+
+    def _act(self, mask: Tensor) -> None:
+        for pool, own in zip(self.pools, mask.split(self._sizes()), strict=True):
+            pool.terms.mask.copy_(own)
+        self._silence()
 
     # ---- deciding -----------------------------------------------------------------------------------------------
 
@@ -258,14 +310,26 @@ class RankController(Controller):
     def state_dict(self) -> dict[str, Any]:
         """Averages, previous scores, counters; masks are in the deltas."""
         return {"step": self.step, "decisions": self.decisions, "compact": self.compact, "previous": self.previous,
-                "initial": self.initial, "importance": None if self.importance is None else self.importance.state_dict()}
+                "initial": self.initial, "target": None if self.policy is None else self.policy.target,
+                "importance": None if self.importance is None else self.importance.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.step, self.decisions, self.compact = state["step"], state["decisions"], state["compact"]
         self.previous, self.initial = state["previous"], state["initial"]
+        if self.policy is not None and self.plan.on_demand:
+            self.policy = replace(self.policy, target=state["target"])
         if self.policy is None or state["importance"] is None:
             self.importance = None
             return
         self.importance = self._importance(self.policy)
         self.importance.load_state_dict(state["importance"])
+
+
+def _round_robin(pool: Pool) -> Tensor:
+    """(E,) float64: the place of each component among those of its row, so that every row has a first one."""
+    row = pool.row().cpu()
+    order = torch.zeros(len(row), dtype=torch.float64)
+    for value in row.unique():
+        order[row == value] = torch.arange(int((row == value).sum()), dtype=torch.float64)
+    return order

@@ -1,11 +1,13 @@
-"""Tokens that initial values are taken from: those of a text, or randomly chosen ones."""
+"""What prompts share: tokens that initial values are taken from, and models that cannot read behind rows of embeddings."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deltaloom.errors import RefusedError, SettingsError
 from deltaloom.sites import input_layer
@@ -38,3 +40,14 @@ def vocabulary_tokens(model: nn.Module, tokenizer: Any, length: int, generator: 
     special = set() if tokenizer is None else set(tokenizer.all_special_ids)
     known = torch.tensor([token for token in range(table.num_embeddings) if token not in special])
     return known[torch.randint(len(known), (length,), generator=generator)]
+
+
+def check_reads_embeddings(model: nn.Module) -> None:
+    """Refuse classifiers on decoders: given ids they look for the last token that is no pad, given embeddings for the last row.
+
+    Raises:
+        RefusedError: the model is one.
+    """
+    if isinstance(model, PreTrainedModel) and "last_non_pad_token" in inspect.getsource(type(model).forward):
+        raise RefusedError("This classifier finds the last token by its ids, and with a prompt there are embeddings only",
+                           got=type(model).__name__, hint="Use prefix tuning, or an encoder such as BERT.")

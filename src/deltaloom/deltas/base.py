@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -204,6 +205,7 @@ class StepPlan:
     emit: Emitter = field(default_factory=Emitter)
     keep_rows: KeepRows | None = None    # as `keep_rows`, the optimizer taking the new parameter in the old one's place; without
                                          # it nothing is removed before the end
+    on_demand: bool = False              # sizes begin at their smallest and change by `Controller.grow` alone
 
 
 class WarmUp(ABC):
@@ -233,6 +235,17 @@ class Controller(ABC):
     def after_step(self, step: int) -> None:
         """Called after the optimizer's step."""
         return
+
+    def grow(self, factor: float, most: int | None) -> int:
+        """Let more of a reserve act, of a run whose plan says `on_demand`; gives back by how many trained numbers it grew.
+
+        To `factor` times what acts now, or by the smallest piece if that is more, and by `most` numbers at most.
+        """
+        return 0
+
+    def reserve(self) -> int:
+        """How many trained numbers wait to be grown."""
+        return 0
 
     def finish(self) -> None:
         """Called at the end of training: physical removal of what was masked."""
@@ -275,6 +288,14 @@ class Method(Settings, ABC):
             TargetError: a target matches nothing.
         """
         return find_sites(model, self.targets, self.kinds, layer_indices(self.layers))
+
+    def settled(self, base: Path) -> Method:
+        """The same settings with the files that they name made definite: whole paths, seen from a run file's folder, and hashes.
+
+        Raises:
+            CheckpointError: such a file is missing or damaged.
+        """
+        return self
 
     @abstractmethod
     def attach(self, sites: Sequence[Site], context: AttachContext) -> Attachment:

@@ -31,11 +31,12 @@ class FullDelta(Delta):
         super().__init__()
         for name, tensor in tensors.items():
             self.register_parameter(name, tensor)
+        self.names = tuple(tensors)
         self.transposed = transposed
 
     def override(self) -> dict[str, Tensor]:
         """All the tensors."""
-        return dict(self.named_parameters(recurse=False))
+        return {name: getattr(self, name) for name in self.names}
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The tensors themselves."""

@@ -69,7 +69,7 @@ class PrefixNetwork(nn.Module):
             bound = layer.in_features ** -0.5
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             nn.init.zeros_(layer.bias)
-        self._made: tuple[tuple[int, ...], Tensor] | None = None
+        self._made: tuple[tuple[int, ...], Tensor, tuple[Tensor, ...]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last step made, which belongs to its graph and cannot be copied."""
@@ -81,13 +81,14 @@ class PrefixNetwork(nn.Module):
 
     def part(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the `index`-th layer; computed for all layers when the first one asks, or the parameters moved."""
-        stamp = (int(torch.is_grad_enabled()), *(parameter._version for parameter in self.parameters()))
+        sources = (self.table, self.inner.weight, self.inner.bias, self.outer.weight, self.outer.bias)
+        stamp = (int(torch.is_grad_enabled()), *(source._version for source in sources), *map(id, sources))
         if self._made is None or self._made[0] != stamp or (index == 0 and torch.is_grad_enabled()):
             with _kept():
                 made = self()
             if made.requires_grad:
                 made.register_hook(self._forget)
-            self._made = (stamp, made)
+            self._made = (stamp, made, sources)  # kept, so that no other tensor can have their ids
         start = sum(2 * heads * size for heads, size in self.shapes[:index])
         heads, size = self.shapes[index]
         block = self._made[1][:, start:start + 2 * heads * size].unflatten(1, (2, heads, size))

@@ -8,7 +8,6 @@ of encoder-decoders. The rows take the first positions, and the text follows.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deltaloom.deltas._peft import refuse_fields
-from deltaloom.deltas._tokens import text_tokens, vocabulary_tokens
+from deltaloom.deltas._tokens import check_reads_embeddings, text_tokens, vocabulary_tokens
 from deltaloom.deltas.base import AttachContext, Attachment, InputDelta, Method, PeftPart, PeftReading
 from deltaloom.errors import CheckpointError, RefusedError
 from deltaloom.sites import Kind, Site, all_sites
@@ -71,7 +70,7 @@ class Prompt(Method):
         Raises:
             RefusedError: a classifier that reads the last token cannot find it behind a prompt.
         """
-        _check_reads_embeddings(context.model)
+        check_reads_embeddings(context.model)
         return Attachment({site: PromptDelta(self._initial(site, context)) for site in sites})
 
     def _initial(self, site: Site, context: AttachContext) -> Tensor:
@@ -119,13 +118,6 @@ def _embedded(layer: nn.Embedding, ids: Tensor) -> Tensor:
     """What the model reads for these tokens, not the table's rows: some families scale what they look up."""
     with torch.no_grad():
         return layer(ids.to(layer.weight.device)).float().cpu()
-
-
-def _check_reads_embeddings(model: nn.Module) -> None:
-    """Classifiers on decoders look for the last token that is no pad; given embeddings they take the last row, pad or not."""
-    if isinstance(model, PreTrainedModel) and "last_non_pad_token" in inspect.getsource(type(model).forward):
-        raise RefusedError("This classifier finds the last token by its ids, and with a prompt there are embeddings only",
-                           got=type(model).__name__, hint="Use prefix tuning, or an encoder such as BERT.")
 
 
 def _one_stack(model: nn.Module) -> PreTrainedConfig:

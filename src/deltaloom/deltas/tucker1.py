@@ -215,6 +215,14 @@ class _BasisController(Controller):
             for basis in self.bases:
                 basis.rows.copy_(step_towards(basis.rows[None], self.strength)[0])
 
+    def grow(self, factor: float, most: int | None) -> int:
+        """Of private rows, by the rank controller."""
+        return self.ranks.grow(factor, most)
+
+    def reserve(self) -> int:
+        """The numbers of the private rows that wait."""
+        return self.ranks.reserve()
+
     def finish(self) -> None:
         """As the rank controller."""
         self.ranks.finish()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from deltaloom.data.rows import Row
+from deltaloom.deltas.base import StepPlan
 from deltaloom.errors import SettingsError, did_you_mean
 from deltaloom.evaluate.base import Task
 from deltaloom.events import Emitter
@@ -23,6 +24,7 @@ from deltaloom.train.loop import train
 from deltaloom.train.progress import Goal
 from deltaloom.train.resume import check_same
 from deltaloom.train.run import TrainResult
+from deltaloom.train.strategy import Strategy, check_room
 from deltaloom.tuned import Tuned
 
 LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mae")
@@ -67,6 +69,14 @@ class Engine(ABC):
             CheckpointError: it is of another run.
         """
 
+    def check(self, plan: StepPlan) -> None:
+        """That a run of that many steps can be, before anything of an earlier one is removed.
+
+        Raises:
+            SettingsError: it is too short for a controller.
+        """
+        self.tuned.controllers(plan)
+
     @abstractmethod
     def train(self, loop: Loop) -> TrainResult:
         """Train the deltas."""
@@ -98,6 +108,17 @@ class Here(Engine):
 
     checkpoint: Checkpoint | None = None
 
+    def check(self, plan: StepPlan) -> None:
+        """Also that what its strategy asks for can be."""
+        strategy = self._strategy()
+        controllers = self.tuned.controllers(replace(plan, on_demand=strategy is not None and strategy.grows))
+        if strategy is not None:
+            check_room(strategy, controllers, self.tuned.counts()[0])
+
+    def _strategy(self) -> Strategy | None:
+        plan = self.prepared.parts.strategy
+        return None if plan is None else Strategy(plan, Goal(*goal_of(self.prepared)), self.prepared.waiting)
+
     def resume(self, folder: Path, identity: dict[str, str], emit: Emitter) -> bool:
         """From the newest whole checkpoint."""
         self.checkpoint = resumable(folder, self.prepared, identity, emit)
@@ -108,8 +129,8 @@ class Here(Engine):
         prepared = self.prepared
         return train(self.tuned, prepared.task, feed_of(prepared), settings=prepared.parts.train, emit=loop.emit,
                      seed=prepared.run.file.seed, evaluate=(lambda tuned: self.scores().metrics) if prepared.held else None,
-                     goal=Goal(*goal_of(prepared)), folder=loop.folder / "checkpoints", log=loop.log, resume=self.checkpoint,
-                     identity=loop.identity, floor_rate=loop.floor_rate)
+                     goal=Goal(*goal_of(prepared)), strategy=self._strategy(), folder=loop.folder / "checkpoints", log=loop.log,
+                     resume=self.checkpoint, identity=loop.identity, floor_rate=loop.floor_rate)
 
 
 def resumable(folder: Path, prepared: Prepared, identity: dict[str, str], emit: Emitter) -> Checkpoint | None:
@@ -139,7 +160,9 @@ def measured(prepared: Prepared, model: nn.Module, write: Write | None) -> Befor
     found = score(prepared.task, model, prepared.held, held_rows(prepared))
     goal = goal_of(prepared)[0]
     if prepared.held and goal not in found.metrics:
-        raise SettingsError("train.metric names no metric of this task", got=goal, legal=found.metrics,
+        plan = prepared.parts.strategy
+        key = "train.metric" if plan is None or plan.metric is None else "strategy.target_metric"
+        raise SettingsError(f"{key} names no metric of this task", got=goal, legal=found.metrics,
                             hint=did_you_mean(goal, found.metrics))
     return Before(found, _shown(prepared, model, write))
 

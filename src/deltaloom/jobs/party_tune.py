@@ -270,7 +270,14 @@ def _head_of(task: str) -> Holder:
 
 
 def _placed(run: Run, folder: Path, say: Say) -> Run:
-    """The run in the party's folder."""
+    """The run in the party's folder.
+
+    Raises:
+        SettingsError: it has a strategy, which changes the course of one run in one place.
+    """
+    if run.file.strategy is not None:
+        raise SettingsError("a party's run cannot have a strategy: its deltas are joined with others'", got="strategy",
+                            hint="Leave the section out, or tune alone with `deltaloom tune`.")
     if run.file.output is not None:
         say(f"The run file's output is not used: a party's run lies in its own folder, {folder}")
     return replace(run, file=run.file.model_copy(update={"output": str(folder)}))

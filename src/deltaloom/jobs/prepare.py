@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from deltaloom.models.compact import form_of
 from deltaloom.models.settings import BaseSettings
 from deltaloom.sites import head_paths
 from deltaloom.train.settings import TrainSettings
+from deltaloom.train.strategy import StrategyPlan, strategy_from
 
 Say = Callable[[str], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,6 +49,7 @@ class Parts:
     train: TrainSettings
     base: BaseSettings
     continued: Path | None  # the delta that training goes on from
+    strategy: StrategyPlan | None = None
 
 
 @dataclass
@@ -66,6 +69,12 @@ class Prepared:
     model_bytes: int  # that these take
     notes: list[tuple[str, str]] = field(default_factory=list)  # (kind, message) of warnings
 
+    @cached_property
+    def waiting(self) -> tuple[Method, ...]:
+        """Methods that a strategy keeps frozen until it needs them; the same objects at every call."""
+        parts = self.parts
+        return () if parts.strategy is None or parts.continued is not None else parts.strategy.waiting(parts.methods)
+
     @property
     def labels(self) -> LabelMap | None:
         """The names of the classes, where the task has them."""
@@ -84,17 +93,20 @@ def parse_parts(run: Run) -> Parts:
     task = task_named(file.task)
     data = DataSettings.parse(file.data, "data")
     train = TrainSettings.parse(file.train, "train")
+    strategy = strategy_from(file.strategy, train)
+    if strategy is not None and strategy.metric is not None:
+        train = train.model_copy(update={"metric": strategy.metric})  # the target is what the run is judged by
     base = BaseSettings.parse(file.base, "base")
     entries = [dict(entry) for entry in file.deltas]
     if not entries:
         raise SettingsError("deltas names no method", hint="`deltaloom methods` lists them; write: deltas: [{method: NAME}]")
     if not any("from" in entry for entry in entries):
-        methods = tuple(method_from(entry, f"deltas.{index}") for index, entry in enumerate(entries))
-        return Parts(task, data, methods, train, base, None)
+        methods = tuple(method_from(entry, f"deltas.{index}").settled(run.base) for index, entry in enumerate(entries))
+        return Parts(task, data, methods, train, base, None, strategy)
     if len(entries) > 1 or set(entries[0]) != {"from"}:
         raise SettingsError("deltas: an entry with 'from' stands alone and takes no further settings", got=entries,
                             hint="Its methods are those of the delta that training goes on from.")
-    return Parts(task, data, (), train, base, located(str(entries[0]["from"]), run.base))
+    return Parts(task, data, (), train, base, located(str(entries[0]["from"]), run.base), strategy)
 
 
 def prepare(run: Run, parts: Parts, *, say: Say, record: DeltaRecord | None = None) -> Prepared:

@@ -38,6 +38,7 @@ class RunFile(Settings):
     data: dict[str, Any]
     deltas: tuple[dict[str, Any], ...] = ()
     train: dict[str, Any] = Field(default_factory=dict)
+    strategy: dict[str, Any] | None = None
     base: dict[str, Any] = Field(default_factory=dict)
     private: dict[str, Any] = Field(default_factory=dict)
     log: LogSettings = LogSettings()

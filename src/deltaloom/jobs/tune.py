@@ -16,7 +16,7 @@ from deltaloom.checkpoint import native
 from deltaloom.checkpoint.peft import write_peft
 from deltaloom.checkpoint.record import read_record
 from deltaloom.deltas.base import StepPlan, method_record
-from deltaloom.errors import RefusedError
+from deltaloom.errors import RefusedError, SettingsError
 from deltaloom.evaluate.base import Prediction
 from deltaloom.events import Attached, DataRead, Emitter, JsonLines, Sampled, Sink, Warned, finite
 from deltaloom.files import write_atomic
@@ -74,13 +74,16 @@ def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bo
     prepared = make_ready(run, parts, say=say, record=record)
     if not prepared.held:
         check_no_evaluation(parts.train)
+        if parts.strategy is not None:
+            raise SettingsError("a strategy watches evaluations, and there is nothing to evaluate on",
+                                hint="Give data.eval or data.eval_fraction, or leave out the section strategy.")
     with ExitStack() as stack:
         engine = through(prepared)
         stack.callback(engine.close)
         prepared = engine.prepared
         planned = planned_steps(parts.train, feed_of(prepared))
         if planned is not None:
-            engine.tuned.controllers(StepPlan(planned))  # raises where the run is too short for them, before anything is removed
+            engine.check(StepPlan(planned))  # raises where the run is too short for them, before anything is removed
         early: list[Any] = []
         resumed = resume and engine.resume(folder, _identity(prepared), Emitter([early.append]))
         if not resumed:
@@ -125,8 +128,13 @@ def attached(prepared: Prepared) -> Tuned:
     """
     loaded, seed = prepared.loaded, prepared.run.file.seed
     if prepared.parts.continued is None:
-        methods = prepared.parts.methods
-        return attach(loaded.model, methods, heads=head_methods(loaded, methods), tokenizer=loaded.tokenizer, seed=seed)
+        methods = (*prepared.parts.methods, *prepared.waiting)
+        tuned = attach(loaded.model, methods, heads=head_methods(loaded, methods), tokenizer=loaded.tokenizer, seed=seed)
+        for part in tuned.attached():
+            if any(part.method is method for method in prepared.waiting):
+                for _, module in part.named_deltas():
+                    module.requires_grad_(False)
+        return tuned
     saved, found = native.read(needs_delta(prepared.parts.continued))
     native.check_base(loaded.model, found.base, loaded.fingerprint)
     return restore(loaded.model, saved)
@@ -140,8 +148,10 @@ def _identity(prepared: Prepared) -> dict[str, str]:
     methods = json.dumps([method_record(method) for method in prepared.parts.methods], sort_keys=True)
     form = form_of(prepared.loaded.model)
     model = prepared.loaded.fingerprint + (f" as {form}" if form else "")
+    plan = prepared.parts.strategy
     return {"model": model, "data": digest.hexdigest()[:16], "deltas": methods,
-            "task": prepared.task.name, "seed": str(prepared.run.file.seed)}
+            "task": prepared.task.name, "seed": str(prepared.run.file.seed),
+            **({} if plan is None else {"strategy": plan.record()})}
 
 
 def _announce(prepared: Prepared, tuned: Tuned, total: int, emit: Emitter) -> None:
@@ -188,6 +198,7 @@ def _resolved(prepared: Prepared, folder: Path) -> dict[str, Any]:
         deltas = [{"from": seen_from(folder, str(parts.continued), Path.cwd())}]
     model = run.file.model if model_source(run) == run.file.model else seen_from(folder, run.file.model, run.base)
     return {"model": model, "task": prepared.task.name, "data": data, "deltas": deltas, "train": parts.train.as_dict(),
+            "strategy": run.file.strategy,
             "base": parts.base.as_dict(), "log": run.file.log.as_dict(), "private": run.file.private, "seed": run.file.seed,
             "output": run.file.output}
 

@@ -81,6 +81,10 @@ class Meter:
                            padding=1 - reading.tokens / max(1, reading.padded_tokens), memory_bytes=memory_bytes))
         self.checked, self.seconds = [], 0.0
 
+    def drop(self) -> None:
+        """Forget the readings that wait: their steps are undone."""
+        self.waiting, self.checked, self.seconds = [], [], 0.0
+
     def flush(self, memory_bytes: int) -> None:
         """Read and report everything, before an evaluation or a checkpoint."""
         self.check()

@@ -35,6 +35,7 @@ from deltaloom.train.run import Evaluate, Learner, Run, TrainResult
 from deltaloom.train.settings import TrainSettings
 from deltaloom.train.signals import StopRequest, polite_stop
 from deltaloom.train.state import seed_everything, set_random_states
+from deltaloom.train.strategy import Strategy, check_room
 from deltaloom.train.warmup import warm_up
 from deltaloom.tuned import Tuned
 
@@ -44,7 +45,8 @@ LOSS = Goal("loss", higher=False)
 def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, emit: Emitter | None = None, seed: int = 0,
           evaluate: Evaluate | None = None, goal: Goal = LOSS, folder: Path | None = None, log: Path | None = None,
           resume: Checkpoint | None = None, identity: Mapping[str, str] | None = None,
-          floor_rate: float | None = None, ahead: int = 1, before_step: Callable[[int], None] | None = None) -> TrainResult:
+          floor_rate: float | None = None, ahead: int = 1, before_step: Callable[[int], None] | None = None,
+          strategy: Strategy | None = None) -> TrainResult:
     """Train the deltas that `tuned` uses, on the rows of `feed`, and give back what was done.
 
     `evaluate` gives the metrics of the tuned model (called in evaluation mode, without gradients), `goal` says which of them
@@ -52,8 +54,9 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
     checkpoint (`checkpoints.latest_checkpoint` finds it; call its `rewind(log)` before opening the log). `identity` names what
     a resumed run must share besides its settings, such as fingerprints of model and data. `floor_rate` is the tokens per
     second at the floor of operations. `ahead` forward passes of a step's micro-batches run before the first one's backward pass:
-    more than one pays where a loss is computed elsewhere. `before_step` is called with each step's number. The
-    process's random generators are seeded; dropout of the model is active.
+    more than one pays where a loss is computed elsewhere. `before_step` is called with each step's number. `strategy` may change
+    the course after each evaluation; its goal is then the run's, and its methods that wait have to be attached. The process's
+    random generators are seeded; dropout of the model is active.
 
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite; the parameters are not stepped, no checkpoint is overwritten.
@@ -62,7 +65,11 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
         SettingsError: early stopping or restoring the best without evaluation. RefusedError: `folder` holds another run.
     """
     emit = emit if emit is not None else Emitter()
-    _check(settings, evaluate, feed, folder, resume)
+    _check(settings, evaluate, feed, folder, resume, strategy)
+    if strategy is not None:
+        strategy.hold(tuned)
+        goal = strategy.goal
+        emit = Emitter([*emit.sinks, strategy.hear])
     if resume is not None:
         check_same(resume, settings, identity or {})
     if folder is not None:
@@ -77,7 +84,7 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
         progress = (resumed_progress(resume, settings, emit) if resume is not None
                     else _planned(tuned, task, feed, settings, emit))
         run = _assembled(tuned, task, feed, settings, emit, progress, memory, floor_rate=floor_rate, evaluate=evaluate, goal=goal,
-                         folder=folder, log=log, identity=dict(identity or {}))
+                         folder=folder, log=log, identity=dict(identity or {}), strategy=strategy)
         run.ahead, run.before_step = ahead, before_step
         if resume is not None:
             _take(run, resume)
@@ -114,9 +121,12 @@ def check_no_evaluation(settings: TrainSettings) -> None:
 
 
 def _check(settings: TrainSettings, evaluate: Evaluate | None, feed: Feed, folder: Path | None,
-           resume: Checkpoint | None) -> None:
+           resume: Checkpoint | None, strategy: Strategy | None) -> None:
     if evaluate is None:
         check_no_evaluation(settings)
+        if strategy is not None:
+            raise SettingsError("a strategy watches evaluations, and there is nothing to evaluate on",
+                                hint="Give data.eval or data.eval_fraction, or leave out the section strategy.")
     if not feed.steps(0):
         raise DataError("there are no training rows")
     if folder is not None and resume is None and checkpoints(folder):
@@ -136,15 +146,19 @@ def _planned(tuned: Tuned, task: Learner, feed: Feed, settings: TrainSettings, e
 
 def _assembled(tuned: Tuned, task: Learner, feed: Feed, settings: TrainSettings, emit: Emitter, progress: Progress,
                memory: PeakMemory, *, floor_rate: float | None, evaluate: Evaluate | None, goal: Goal, folder: Path | None,
-               log: Path | None, identity: dict[str, str]) -> Run:
+               log: Path | None, identity: dict[str, str], strategy: Strategy | None) -> Run:
     parameters = tuned.delta_parameters()
     optimizer = make_optimizer(parameters, settings)
     every = settings.log_every or (1 if tuned.device.type == "cpu" else 10)
     run = Run(tuned=tuned, task=task, feed=feed, settings=settings, emit=emit, progress=progress, optimizer=optimizer,
                controllers=[], meter=Meter(emit, every, feed.place, floor_rate),
                first=FirstSteps(tuned, parameters, emit), memory=memory, evaluate=evaluate, goal=goal, folder=folder, log=log,
-               identity=identity, parameters=parameters)
-    run.controllers = tuned.controllers(StepPlan(progress.total_steps, emit, row_keeper(optimizer, run.look_again)))
+               identity=identity, parameters=parameters, strategy=strategy)
+    on_demand = strategy is not None and strategy.grows
+    keeper = None if on_demand else row_keeper(optimizer, run.look_again)  # what waits to be grown is not removed
+    run.controllers = tuned.controllers(StepPlan(progress.total_steps, emit, keeper, on_demand))
+    if strategy is not None:
+        check_room(strategy, run.controllers, tuned.counts()[0])
     return run
 
 
@@ -160,6 +174,8 @@ def _warm_up(run: Run) -> None:
 
 
 def _take(run: Run, resume: Checkpoint) -> None:
+    if run.strategy is not None:
+        run.take_strategy(resume.parts["strategy"])
     run.take_delta(resume.parts)
     load_optimizer_state(run.optimizer, run.parameters, resume.parts["optimizer"])
     set_random_states(resume.parts["random"])

@@ -24,12 +24,23 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettin
     """
     if not parameters:
         raise RefusedError("there is no trainable parameter", hint="Attach a method with trainable deltas.")
-    groups = [{"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": settings.weight_decay},
-              {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    groups = _groups(parameters, settings)
     if settings.optimizer == "sgd":
         return SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=True)
     return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def add_parameters(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> None:
+    """Let the optimizer train these too; it begins with them as it does with all at the start."""
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for group in _groups({name: p for name, p in parameters.items() if id(p) not in known}, settings):
+        optimizer.add_param_group(group)
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> list[dict[str, Any]]:
+    groups = [{"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": settings.weight_decay},
+              {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:

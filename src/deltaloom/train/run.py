@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from deltaloom.data.batches import Batch
 from deltaloom.deltas.base import Controller
-from deltaloom.errors import Interrupted
+from deltaloom.errors import Interrupted, NonFiniteError
 from deltaloom.events import Acted, Emitter, Evaluated, Finished, Saved, Warned
 from deltaloom.files import sync
 from deltaloom.train.checkpoints import prune_checkpoints, read_checkpoint, write_checkpoint
@@ -25,12 +25,21 @@ from deltaloom.train.feed import Feed
 from deltaloom.train.guards import FirstSteps, Meter, Reading, memory_errors
 from deltaloom.train.memory import PeakMemory, resident_bytes
 from deltaloom.train.modes import training_mode
-from deltaloom.train.optimizer import clip_gradients, divide_gradients, gradient_norm, optimizer_state, set_learning_rate
+from deltaloom.train.optimizer import (
+    add_parameters,
+    clip_gradients,
+    divide_gradients,
+    gradient_norm,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+)
 from deltaloom.train.progress import Goal, Progress
 from deltaloom.train.schedule import factor
 from deltaloom.train.settings import TrainSettings
 from deltaloom.train.signals import StopRequest
 from deltaloom.train.state import keep_random_states, random_states
+from deltaloom.train.strategy import Strategy
 from deltaloom.tuned import Tuned
 
 Evaluate = Callable[[Tuned], Mapping[str, float]]
@@ -88,6 +97,8 @@ class Run:
     parameters: dict[str, nn.Parameter]
     ahead: int = 1
     before_step: Callable[[int], None] | None = None
+    strategy: Strategy | None = None
+    ending: bool = False
     saved_step: int = -1
     evaluation_seconds: float = 0.0
     saving_seconds: float = 0.0
@@ -109,8 +120,12 @@ class Run:
         """One optimizer step, timed."""
         began = time.perf_counter()
         micro = self._next_rows()
-        with memory_errors(micro):
-            self._optimizer_step(micro)
+        try:
+            with memory_errors(micro):
+                self._optimizer_step(micro)
+        except NonFiniteError as error:
+            if not self._recovered(error):
+                raise
         elapsed = time.perf_counter() - began
         self.progress.seconds += elapsed
         self.meter.report(elapsed, resident_bytes(self.device))
@@ -129,6 +144,7 @@ class Run:
         self.first.after_backward()
         norm = gradient_norm(parameters)
         learning_rate = settings.learning_rate * factor(step, progress.total_steps, settings.schedule, settings.warmup)
+        learning_rate *= self.strategy.rate if self.strategy is not None else 1.0
         tokens = sum(batch.tokens for batch in batches)
         epoch = progress.epoch + (progress.index + 1) / progress.steps_in_epoch
         self.meter.note(Reading(step, epoch, learning_rate, losses, count, penalty.detach(), norm, [b.rows for b in batches],
@@ -153,6 +169,7 @@ class Run:
         batches: list[Batch] = []
         waiting: deque[Tensor] = deque()  # losses whose backward pass is still to come, oldest first
         count: Tensor | float = 0.0
+        noise = self.strategy.noise if self.strategy is not None and self.ahead == 1 and len(micro) > 1 else None
         for indices in micro:
             batch = self.feed.batch(indices, self.device)
             loss, part = self.task.loss(self.tuned, batch)
@@ -161,6 +178,10 @@ class Run:
             count = count + part
             if len(waiting) == self.ahead:
                 losses.append(_backward(waiting.popleft()))
+            if noise is not None:
+                noise.after_micro_batch(list(self.parameters.values()), part)
+        if noise is not None:
+            noise.after_step()
         losses.extend(_backward(loss) for loss in waiting)
         return losses, count, batches
 
@@ -186,8 +207,12 @@ class Run:
         self.evaluation_seconds += time.perf_counter() - began
         best = self.progress.note_metrics(metrics, self.goal, self.settings.early_stop)
         self.emit(Evaluated(step=self.progress.step, metrics=self.progress.metrics, best=best))
-        if best and self.settings.restore_best and self.folder is None:
-            self.best = copy.deepcopy({**self._delta_parts(), "progress": {"metrics": self.progress.metrics}})
+        if best and (self.settings.restore_best or self.strategy is not None) and self.folder is None:
+            self.best = copy.deepcopy({**self._delta_parts(), "progress": {"metrics": self.progress.metrics},
+                                       "optimizer": optimizer_state(self.optimizer, self.parameters)})
+        if self.strategy is not None:  # before anything is saved: a checkpoint holds what came of it
+            self.strategy.after_evaluation(self.progress.metrics, self, self.emit, self.progress.step,
+                                           last=self.ending or self.progress.step >= self.progress.total_steps)
         if best:
             self.save_now()
 
@@ -212,6 +237,8 @@ class Run:
     def reason_to_stop(self, stop: StopRequest) -> str | None:
         """Why not to take another step, or None."""
         progress, early, limit = self.progress, self.settings.early_stop, self.settings.time_limit
+        if self.strategy is not None and self.strategy.reason is not None:
+            return self.strategy.reason
         if progress.step >= progress.total_steps:
             return "completed"
         if early is not None and progress.stale >= early.patience:
@@ -230,7 +257,8 @@ class Run:
     def _parts(self) -> dict[str, Any]:
         return {**self._delta_parts(), "optimizer": optimizer_state(self.optimizer, self.parameters),
                 "random": random_states(), "progress": dataclasses.asdict(self.progress),
-                "settings": self.settings.as_dict(), "identity": self.identity}
+                "settings": self.settings.as_dict(), "identity": self.identity,
+                **({} if self.strategy is None else {"strategy": self.strategy.state_dict()})}
 
     def take_delta(self, parts: Mapping[str, Any]) -> None:
         """Take the deltas and the controllers' states of a checkpoint."""
@@ -238,11 +266,81 @@ class Run:
         for controller, state in zip(self.controllers, parts["controllers"], strict=True):
             controller.load_state_dict(state)
 
+    # ---- what a strategy may do ---------------------------------------------------------------------------------------
+
+    def lower(self, factor: float) -> str | None:
+        """See `rules.base.Hand`."""
+        strategy = self._strategy()
+        strategy.rate *= factor
+        return f"the learning rate is now {strategy.rate:.4g} of its schedule"
+
+    def restore(self) -> str | None:
+        """See `rules.base.Hand`."""
+        parts = self._best_parts()
+        if parts is None:
+            return None
+        self.take_delta(parts)
+        self.optimizer.state.clear()
+        load_optimizer_state(self.optimizer, self.parameters, parts["optimizer"])
+        self.optimizer.zero_grad()
+        return f"back to step {self.progress.best_step}"
+
+    def grow(self, factor: float, most: int | None) -> str | None:
+        """See `rules.base.Hand`."""
+        acting = self.tuned.counts()[0] - sum(controller.reserve() for controller in self.controllers)
+        grown = 0
+        for controller in self.controllers:
+            grown += controller.grow(factor, None if most is None else max(0, most - acting - grown))
+        return f"{acting + grown} numbers act instead of {acting}" if grown else None
+
+    def release(self) -> str | None:
+        """See `rules.base.Hand`."""
+        strategy = self._strategy()
+        if strategy.released or not strategy.waiting:
+            return None
+        self._let_train(strategy)
+        return f"{', '.join(method.name for method in strategy.waiting)} train too"
+
+    def stop(self, word: str, restore: bool) -> str | None:
+        """See `rules.base.Hand`."""
+        strategy = self._strategy()
+        strategy.reason, strategy.restores = word, restore
+        return f"training ends at step {self.progress.step}"
+
+    def take_strategy(self, state: Mapping[str, Any]) -> None:
+        """Take a checkpoint's strategy, before its deltas and its optimizer."""
+        strategy = self._strategy()
+        strategy.load_state_dict(state)
+        if strategy.released:
+            self._let_train(strategy)
+
+    def _let_train(self, strategy: Strategy) -> None:
+        strategy.released = True
+        strategy.hold(self.tuned)
+        self.parameters = self.tuned.delta_parameters()
+        add_parameters(self.optimizer, self.parameters, self.settings)
+
+    def _recovered(self, error: NonFiniteError) -> bool:
+        """Whether the strategy has an answer to a step that was not finite; the step is then taken anew."""
+        if self.strategy is None:
+            return False
+        self.meter.drop()
+        self.strategy.noise.after_step()
+        self.strategy.noise.forget()
+        done = self.strategy.after_failure(str(error).split("\n")[0], self, self.emit, self.progress.step)
+        self.optimizer.zero_grad()
+        return done
+
+    def _strategy(self) -> Strategy:
+        if self.strategy is None:
+            raise RuntimeError("this run has no strategy")
+        return self.strategy
+
     # ---- the end --------------------------------------------------------------------------------------------------
 
     def finish(self, reason: str) -> TrainResult:
         """Last evaluation and checkpoint, the best delta if wanted, controllers' last work, and the result."""
-        progress = self.progress
+        progress, self.ending = self.progress, True
         if reason != "interrupted":
             self.evaluate_now()
         self.save_now()
@@ -253,27 +351,35 @@ class Run:
             where = (f"Everything is in {self.meter.last_good}: run again with --resume." if self.meter.last_good
                      else "No checkpoint was written.")
             raise Interrupted(f"interrupted at step {progress.step} of {progress.total_steps}", hint=where)
-        if self.settings.restore_best:
+        if self.settings.restore_best or (self.strategy is not None and self.strategy.restores):
             self._restore_best()
         for controller in self.controllers:
             controller.finish()
+        if self.strategy is not None and not self.strategy.released:
+            for part in self.strategy.held(self.tuned):
+                self.tuned.discard(part)
         return TrainResult(step=progress.step, total_steps=progress.total_steps, epochs=progress.epochs, reason=reason,
                            seconds=progress.seconds, evaluation_seconds=self.evaluation_seconds, tokens=progress.tokens,
                            saving_seconds=self.saving_seconds, metrics=progress.metrics, best_step=progress.best_step,
                            peak_memory_bytes=peak)
 
     def _restore_best(self) -> None:
+        progress, best = self.progress, self._best_parts()
+        if best is not None:
+            progress.metrics = best["progress"]["metrics"]
+            self.take_delta(best)
+            self.emit(Acted(step=progress.step, action="restore_best", reason=f"step {progress.best_step} was the best"))
+
+    def _best_parts(self) -> dict[str, Any] | None:
+        """The parts of the best evaluation; None where there was none, it is the current step, or its checkpoint is gone."""
         progress = self.progress
         if progress.best_step is None or progress.best_step == progress.step:
-            return
-        if self.folder is not None:
-            path = self.folder / f"step-{progress.best_step}"
-            if not path.is_dir():
-                self.emit(Warned(kind="best-is-gone", message=f"the checkpoint of the best step {progress.best_step} is gone; "
-                                                              "the delta of the last step is kept"))
-                return
-            self.best = read_checkpoint(path).parts
-        if self.best is not None:
-            progress.metrics = self.best["progress"]["metrics"]
-            self.take_delta(self.best)
-            self.emit(Acted(step=progress.step, action="restore_best", reason=f"step {progress.best_step} was the best"))
+            return None
+        if self.folder is None:
+            return copy.deepcopy(self.best)  # what takes tensors from it may come again
+        path = self.folder / f"step-{progress.best_step}"
+        if not path.is_dir():
+            self.emit(Warned(kind="best-is-gone", message=f"the checkpoint of the best step {progress.best_step} is gone; "
+                                                          "the delta of the last step is kept"))
+            return None
+        return read_checkpoint(path).parts

@@ -122,6 +122,16 @@ class Adapted(nn.Module):
             for site in self.sites.pop(key):
                 self.exits.pop(f"{lane}/{site.name}", None)
 
+    def discard(self, lane: str, gone: set[int]) -> None:
+        """Forget the deltas of a lane with these ids."""
+        kept = [(site, delta) for site, delta in self.items(lane) if id(delta) not in gone]
+        taps = dict(self.exits)
+        self.remove(lane)
+        for site, delta in kept:
+            self.add(lane, site, delta)
+            if f"{lane}/{site.name}" in taps:
+                self.exits[f"{lane}/{site.name}"] = taps[f"{lane}/{site.name}"]
+
     def items(self, lane: str | None) -> list[tuple[Site, Delta]]:
         """The (site, delta) pairs of a lane, in order."""
         key = f"lane:{lane}"

@@ -173,6 +173,25 @@ class Tuned(nn.Module):
         if name in (lanes if isinstance(lanes, tuple) else (lanes,)):
             self.routing.lanes = next(iter(self.lanes), None)
 
+    def discard(self, part: Attached, name: str | None = None) -> None:
+        """Take one method out of a lane; those after it move up. Only for deltas inside layers.
+
+        Raises:
+            RefusedError: the delta is merged, or the method has a prefix or a prompt.
+        """
+        lane = self._known(name or self.name)
+        rows = any(isinstance(delta, PrefixDelta | InputDelta) for delta in part.attachment.deltas.values())
+        if self.merged is not None or rows:
+            raise RefusedError("this method cannot be taken out on its own", got=part.method.name)
+        gone = set(map(id, part.attachment.deltas.values()))
+        for wrapper in wrappers(self.model):
+            wrapper.discard(lane, gone)
+            if not wrapper.lanes and not wrapper.entries:
+                replace_module(self.model, wrapper.path, wrapper.base)
+        for key in [key for key, module in self.shared.items() if any(module is own for own in part.attachment.shared.values())]:
+            del self.shared[key]
+        self.lanes[lane] = [other for other in self.lanes[lane] if other is not part]
+
     def detach(self) -> nn.Module:
         """Take everything off; gives back the model bit for bit as it was, trainable as it was."""
         if self.merged is not None:
