@@ -173,7 +173,7 @@ def test_resumed_it_ends_the_same(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "adaptive": ({"over": {"method": "adalora", "rank": 1}}, RefusedError, "decides its own sizes"),
+    "adaptive": ({"over": {"method": "adalora", "rank": 1}}, RefusedError, "decides sizes or values"),
     "decomposed": ({"over": {"method": "lora", "rank": 2, "init": "pissa"}}, RefusedError, "computed"),
     "computed": ({"over": {"method": "prefix", "length": 2}}, RefusedError, "Choose another `init`"),
     "tokenizer": ({"over": {"method": "prompt", "init": "text", "text": "x", "length": 2}}, SettingsError, "tokenizer"),
