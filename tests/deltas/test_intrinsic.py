@@ -127,6 +127,16 @@ def test_peft_gets_the_expanded_method() -> None:
     assert torch.equal(next(iter(part.tensors.values())), down.detach())
 
 
+@pytest.mark.parametrize("layout", ["t5", "gpt2"])
+def test_tied_layers_share_what_the_subspace_makes_and_count_as_run(layout: str) -> None:
+    tuned = moved(layout, OVERS["full"])
+    logits(tuned, layout)
+    assert tuned.never_ran() == []
+    sizes = sum(parameter.numel() for parameter in attach(toy(layout), [Intrinsic(over=OVERS["full"]).inner()]).delta_parameters()
+                .values())
+    assert sum(subspace_of(tuned).sizes) == sizes
+
+
 def test_a_copy_is_a_copy() -> None:
     tuned = moved("llama", LORA)
     tuned.train()
@@ -163,7 +173,7 @@ def test_resumed_it_ends_the_same(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "adaptive": ({"over": {"method": "adalora", "rank": 1}}, RefusedError, "decides its own sizes"),
+    "adaptive": ({"over": {"method": "adalora", "rank": 1}}, RefusedError, "decides sizes or values"),
     "decomposed": ({"over": {"method": "lora", "rank": 2, "init": "pissa"}}, RefusedError, "computed"),
     "computed": ({"over": {"method": "prefix", "length": 2}}, RefusedError, "Choose another `init`"),
     "tokenizer": ({"over": {"method": "prompt", "init": "text", "text": "x", "length": 2}}, SettingsError, "tokenizer"),

@@ -15,6 +15,7 @@ from deltaloom.deltas.base import AttachContext, Attachment
 from deltaloom.deltas.bitfit import BitFit
 from deltaloom.deltas.bottleneck import Bottleneck
 from deltaloom.deltas.full import Full
+from deltaloom.deltas.intrinsic import Intrinsic
 from deltaloom.deltas.lora import LoRA
 from deltaloom.deltas.prefix import Prefix
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError, TargetError
@@ -431,9 +432,10 @@ def test_a_layer_that_ran_in_no_forward_call_is_known() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.used(x)
 
-    tuned = attach(Idle(), [LoRA(rank=1, targets="all")])
-    tuned(torch.ones(1, 3))
-    assert tuned.never_ran() == ["idle"]
+    for method in (LoRA(rank=1, targets="all"), Intrinsic(over={"method": "lora", "rank": 1, "targets": "all"}, dimension=5)):
+        tuned = attach(Idle(), [method])
+        tuned(torch.ones(1, 3))
+        assert tuned.never_ran() == ["idle"]
 
 
 def test_a_branch_whose_entry_does_not_run_says_so() -> None:

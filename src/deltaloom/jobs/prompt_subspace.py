@@ -44,7 +44,7 @@ def learn(sources: Sequence[str], output: Path, *, numbers: int = 250, say: Call
         fingerprints[source] = record.base.fingerprint
         prompts.append(_rows(source, saved))
         sizes.append(record.tensors.bytes)
-    _check_alike(dict(zip(sources, prompts, strict=True)), fingerprints)
+    check_alike(dict(zip(sources, prompts, strict=True)), fingerprints)
     stacked = torch.stack(prompts).double()
     length, width = stacked.shape[1:]
     if numbers < length:
@@ -107,7 +107,12 @@ def _rows(source: str, saved: Any) -> Tensor:
     return tensor.detach().float()
 
 
-def _check_alike(prompts: dict[str, Tensor], fingerprints: dict[str, str]) -> None:
+def check_alike(prompts: dict[str, Tensor], fingerprints: dict[str, str]) -> None:
+    """That prompts belong to one backbone and have one size.
+
+    Raises:
+        RefusedError: they do not.
+    """
     if len(set(fingerprints.values())) > 1:
         raise RefusedError("these prompts belong to different backbones", problems=[
             f"{source}: {mark[:16]}" for source, mark in fingerprints.items()], hint="Name runs of one model.")

@@ -60,10 +60,10 @@ def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = 
 
 
 def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bool = False, say: Say = print,
-              sinks: Sequence[Sink] = (), make_ready: Prepare = prepare, show: bool = True) -> dict[str, Any]:
+              sinks: Sequence[Sink] = (), make_ready: Prepare | None = None, show: bool = True) -> dict[str, Any]:
     """A run from its file to its folder, with the engine that `through` makes when rows and model are ready; see `tune`.
 
-    `make_ready` is asked for rows and model; without `show` the terminal shows no steps.
+    `make_ready` is asked for rows and model instead of `prepare`; without `show` the terminal shows no steps.
     """
     parts = parse_parts(run)
     folder = Path(run.file.output or f"runs/{run.name}")
@@ -71,7 +71,7 @@ def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bo
     if parts.continued is not None and not resume and parts.continued.resolve().is_relative_to(folder.resolve()):
         raise RefusedError("the run would replace the delta that it goes on from", got=str(folder), hint="Choose another output.")
     record = read_record(needs_delta(parts.continued)) if parts.continued else None
-    prepared = make_ready(run, parts, say=say, record=record)
+    prepared = (make_ready or prepare)(run, parts, say=say, record=record)
     if not prepared.held:
         check_no_evaluation(parts.train)
         if parts.strategy is not None:

@@ -260,9 +260,12 @@ class Tuned(nn.Module):
         lane = name or self.name
         ran = {wrapper.path for wrapper in wrappers(self.model) if lane in wrapper.ran}
         pairs = [pair for pair in self.pairs(lane) if not isinstance(pair[1], PrefixDelta | InputDelta)]
-        live = {id(p) for site, delta in pairs if site.path in ran for p in delta.parameters()}  # also through a tied layer
-        return [site.name for site, delta in pairs
-                if site.path not in ran and any(id(p) not in live for p in delta.parameters())]
+        # some deltas have no parameters of their own: they read what is shared, and say what they are in the layer's place
+        own: list[tuple[Site, list[Tensor]]] = [(site, [*delta.parameters()] or [*delta.override().values()])
+                                                for site, delta in pairs]
+        live = {id(tensor) for site, tensors in own if site.path in ran for tensor in tensors}  # also through a tied layer
+        return [site.name for site, tensors in own
+                if site.path not in ran and not (tensors and all(id(tensor) in live for tensor in tensors))]
 
     # ---- running --------------------------------------------------------------------------------------------------
 
