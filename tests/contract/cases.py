@@ -27,6 +27,8 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "dora": [{"rank": 4}],
     "fact-tk": [{"rank": 4, "scale": 3.0}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
     "fact-tt": [{"rank": 4, "scale": 3.0}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
+    "gated": [{"delta": {"method": "lora", "rank": 4}}, {"delta": {"method": "prefix", "length": 3}},
+              {"delta": {"method": "bottleneck", "size": 4, "placement": "parallel"}}],
     "lora": [{"rank": 4}, {"rank": 4, "targets": ("q", "k", "v", "down")}],
     "lotr": [{"rank": 4}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
     "prefix": [{"length": 3}],
