@@ -80,3 +80,17 @@ def test_bad_presets_are_errors(entry: dict, match: str) -> None:
 
 def test_a_methods_own_preset_stays_its_own() -> None:
     assert run([{"method": "tsvd", "preset": "literal"}]) == [method_record(method_from({"method": "tsvd", "preset": "literal"}))]
+
+
+def test_lists_of_other_parts_take_presets_too() -> None:
+    from deltaloom.compress.heal import Heal
+    from deltaloom.jobs.party import own_methods
+    from deltaloom.private.settings import PrivateSettings
+
+    personal = own_methods(PrivateSettings(personal=({"preset": "mam"},)), (), methods_from)
+    assert [method.name for method in personal] == ["prefix", "bottleneck"]
+    with pytest.raises(SettingsError, match="lists methods"):
+        own_methods(PrivateSettings(personal=({"from": "runs/a"},)), (), methods_from)
+    Heal(deltas=({"preset": "unipelt"},))
+    with pytest.raises(SettingsError, match="unknown preset"):
+        Heal(deltas=({"preset": "unipelr"},))
