@@ -37,7 +37,7 @@ def dense_attention(query, key, value, mask, *, scaling, causal, position_bias=N
                     if softcap is not None:
                         front = softcap * torch.tanh(front / softcap)
                     if rows.log_gate is not None:
-                        front = front + rows.log_gate[b].double()
+                        front = front + rows.log_gate[b, min(q, rows.log_gate.shape[1] - 1)].double()
                     front = front.exp() if rows.visible is None else front.exp() * rows.visible[b]
                     if rows.spared is not None and int((weights > 0).sum()) == 1:  # it sees one key of the text alone
                         front = front * ~rows.spared[min(b, len(rows.spared) - 1)]

@@ -56,7 +56,7 @@ def lanes(rows: int = 2, length: int = 3) -> PrefixRows:
     visible = torch.zeros(rows, length, dtype=torch.bool)
     visible[0] = True
     visible[1, -1] = True
-    return PrefixRows(own.keys, own.values, visible, torch.linspace(-1, 0, rows))
+    return PrefixRows(own.keys, own.values, visible, torch.linspace(-1, 0, rows)[:, None, None].repeat(1, 1, length))
 
 
 def attend(query, key, value, mask=None, rows=None, causal=True, **others) -> Tensor:
@@ -84,7 +84,10 @@ MASKS = {"none": None, "keys": PADDING[:, None, None], "bool": CAUSAL_PADDED,
 PREFIXES = {"no-prefix": None, "shared": random_prefix(), "one": random_prefix(1), "rows": random_prefix(rows=2),
             "lanes": lanes(), "spared": replace(random_prefix(), spared=torch.tensor([[True] * 3])),
             "some-spared": replace(lanes(), spared=torch.tensor([[True, True, False], [True, False, True]])),
-            "gate": PrefixRows(random_prefix().keys, random_prefix().values, None, torch.tensor([-2.0, 0.5]))}
+            "gate": replace(random_prefix(), log_gate=torch.tensor([-2.0, 0.5])[:, None, None].repeat(1, 1, 3)),
+            "gates": replace(random_prefix(), log_gate=torch.linspace(-2, 1, 30).view(2, 5, 3)),
+            "gates-spared": replace(random_prefix(), log_gate=torch.linspace(-2, 1, 30).view(2, 5, 3),
+                                    spared=torch.tensor([[True, False, True]]))}
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)

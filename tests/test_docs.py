@@ -18,7 +18,7 @@ def test_the_methods_pages_are_current() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     written = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8")
-               for folder in ("methods", "compressors") for path in (DOCS / folder).glob("*.md")}
+               for folder in ("methods", "presets", "compressors") for path in (DOCS / folder).glob("*.md")}
     assert written == module.pages(), "run python docs/make_methods.py"
 
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from deltaloom.checkpoint.native import save
 from deltaloom.checkpoint.peft import load_any
-from deltaloom.deltas.base import Method
+from deltaloom.deltas.base import Method, methods_from
+from deltaloom.deltas.presets import KEY
 from deltaloom.jobs.opening import delta_folder
 from deltaloom.jobs.runfile import parse_run, read_run_file
 from deltaloom.jobs.tune import tune as tune_job
@@ -20,7 +21,7 @@ from deltaloom.stacks import register_site
 from deltaloom.train.hf import trainer_callback
 from deltaloom.tuned import Tuned, attach
 
-__all__ = ["attach", "load", "method_named", "register_site", "save", "trainer_callback", "tune"]
+__all__ = ["attach", "load", "method_named", "preset", "register_site", "save", "trainer_callback", "tune"]
 
 
 def load(model: nn.Module, folder: Path | str, name: str = "default") -> Tuned:
@@ -40,6 +41,15 @@ def tune(run: Path | str | dict[str, Any], *, resume: bool = False, overwrite: b
     """
     parsed = parse_run(run, base=Path.cwd()) if isinstance(run, dict) else read_run_file(Path(run))
     return tune_job(parsed, resume=resume, overwrite=overwrite)
+
+
+def preset(name: str, settings: dict[str, dict[str, Any]] | None = None) -> list[Method]:
+    """The methods of a preset, in order; `settings` holds other settings by the names of its methods.
+
+    Raises:
+        SettingsError: no such preset, or settings that its methods do not have.
+    """
+    return list(methods_from([{KEY: name, **(settings or {})}], "preset"))
 
 
 def method_named(class_name: str) -> type[Method]:

@@ -11,7 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -56,7 +56,7 @@ class PrefixRows:
 
     keys, values: (P, kv_heads, head_dim) for all rows, or (rows, P, kv_heads, head_dim).
     visible: bool (rows, P), False where a row has no prefix or a shorter one (its values there do not matter); None: all.
-    log_gate: (rows,), added to the prefix scores of a row before the softmax; None: nothing.
+    log_gate: (rows, 1, P), or (batch, T, P) one for each query, added to the prefix scores before the softmax; None: nothing.
     spared: bool (rows or 1, P), True for keys that are hidden from a query which sees no other key of the text than one: the
     first token of a causal row; None: none are.
     """
@@ -74,6 +74,16 @@ class PrefixRows:
                           None if self.visible is None else self.visible[rows],
                           None if self.log_gate is None else self.log_gate[rows],
                           self.spared if self.spared is None or len(self.spared) == 1 else self.spared[rows])
+
+    def of_segments(self, group: Sequence[int], lengths: Sequence[int], longest: int) -> PrefixRows:
+        """The prefix of some of the segments that one row packs; gates of single queries, (1, T, P), padded to the longest."""
+        gates = self.log_gate
+        if gates is None or gates.shape[1] == 1:
+            return self.select(torch.tensor(group, device=self.keys.device))
+        parts = gates[0].split(list(lengths))
+        padded = torch.stack([F.pad(parts[index], (0, 0, 0, longest - lengths[index])) for index in group])
+        without = replace(self, log_gate=None).select(torch.tensor(group, device=self.keys.device))
+        return replace(without, log_gate=padded)
 
 
 class PrefixSlot(ABC):
@@ -345,12 +355,14 @@ def _mask_with_prefix(mask: Tensor | None, rows: PrefixRows, query: Tensor, leng
     front = torch.ones(batch, width, dtype=torch.bool, device=query.device)
     if rows.visible is not None:
         front = _per_row(rows.visible.to(query.device), batch)
+    front = front[:, None]
     if rows.log_gate is not None or mask.dtype != torch.bool:
         front, mask = _additive(front, query.dtype), _additive(mask, query.dtype)
     if rows.log_gate is not None:
-        front = front + _per_row(rows.log_gate.to(query.device, query.dtype), batch)[:, None]
-    heads, time = mask.shape[1], mask.shape[2]
-    columns = front[:, None, None].expand(batch, heads, time, width)
+        front = front + _per_row(rows.log_gate.to(query.device, query.dtype), batch)
+        front = front.clamp_min(torch.finfo(query.dtype).min)
+    heads, time = mask.shape[1], max(mask.shape[2], front.shape[1])
+    columns = front[:, None].expand(batch, heads, time, width)
     if alone is not None and rows.spared is not None:
         hidden = alone & _per_row(rows.spared.to(query.device), batch)[:, None, None]
         columns = columns.masked_fill(hidden, 0 if columns.dtype == torch.bool else torch.finfo(columns.dtype).min)
@@ -380,7 +392,7 @@ def _packed(call: _Call, query: Tensor, key: Tensor, value: Tensor, segments: Se
         seen = torch.arange(queries.shape[2], device=query.device) < lengths[:, None]
         # Causal queries never look at the pads behind them, so their rows need no mask.
         mask = None if call.causal or bool(seen.all()) else seen[:, None, None]
-        mine = None if rows is None else rows.select(torch.tensor(group, device=query.device))
+        mine = None if rows is None else rows.of_segments(group, segments.lengths, queries.shape[2])
         attended = call.run(queries, keys, values, mask, None, mine)
         for index, row in zip(group, attended, strict=True):
             outputs[index] = row[:segments.lengths[index]]

@@ -28,6 +28,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "dora": [{"rank": 4}],
     "fact-tk": [{"rank": 4, "scale": 3.0}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
     "fact-tt": [{"rank": 4, "scale": 3.0}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
+    "gated": [{"delta": {"method": "lora", "rank": 4}}, {"delta": {"method": "prefix", "length": 3}}],
     "intrinsic": [{"over": {"method": "lora", "rank": 2}, "dimension": 60, "scale": 2.0}],
     "intrinsic-prompt": [{"decoder": decoder_for}],
     "lora": [{"rank": 4}, {"rank": 4, "targets": ("q", "k", "v", "down")}],

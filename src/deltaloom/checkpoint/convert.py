@@ -1,4 +1,4 @@
-"""Deltas as plain low-rank ones, and weighted sums of deltas: exact by concatenating ranks, truncated only when asked to.
+"""Deltas as plain low-rank ones, and several deltas as one: sums are exact by concatenating ranks, truncated only when asked to.
 
 A sum of changes is a sum of matrices: sum w (B A) has the factors [w1 B1, w2 B2, ...] and [A1; A2; ...]. Summing A and B each
 for themselves, as is common, is not it: the cross terms make relative errors of 1.
@@ -7,13 +7,14 @@ for themselves, as is common, is not it: the cross terms make relative errors of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deltaloom.checkpoint.merges import Rule
 from deltaloom.checkpoint.peft import load_any
 from deltaloom.compact.face import affine_shape, own_tensors, stores_transposed
 from deltaloom.deltas._ranked import exceptions
@@ -35,6 +36,7 @@ class Converted:
 
     saved: SavedDelta
     relative_error: float
+    sites: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # the same of each layer: (rank, relative error)
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,17 @@ def check_truncation(rank: int | None, error: float | None) -> None:
                             got=f"error {error}" + (f" and rank {rank}" if rank is not None else ""), legal="between 0 and 1")
 
 
-def combine(tuned: Tuned, weights: Mapping[str, float], rank: int | None = None) -> Converted:
-    """The weighted sum of several lanes as one low-rank delta; of heads, the weighted sum of their changes.
+def combine(tuned: Tuned, weights: Mapping[str, float], rank: int | None = None, *, error: float | None = None,
+            rule: Rule | None = None) -> Converted:
+    """Several lanes as one low-rank delta: their weighted sum, or what a rule makes of the changes of each layer.
+
+    A rule works on dense matrices, whose result gets the rank that it has, by its singular values; `rank` and `error` truncate as
+    in `to_lora`. Heads are the weighted sum of their changes, whatever the rule.
 
     Raises:
         RefusedError: a delta is not an affine change, or the lanes have different heads. SettingsError: a weight is no number.
     """
+    check_truncation(rank, error)
     if not weights:
         raise SettingsError("no delta is given to combine")
     bad = [f"{lane}: {weight}" for lane, weight in weights.items() if not abs(weight) < float("inf")]
@@ -88,17 +95,17 @@ def combine(tuned: Tuned, weights: Mapping[str, float], rank: int | None = None)
     if tuned.merged is not None:
         raise RefusedError("a delta is merged into the weights", got=tuned.merged, hint="Call `tuned.unmerge()` first.")
     heads = {lane: [attached for attached in tuned.attached(lane) if _is_kept(attached)] for lane in weights}
-    found: dict[str, list[_Pair]] = {}
+    found: dict[str, list[tuple[float, _Pair]]] = {}
     for lane, weight in weights.items():
         for path, pair in _pairs(tuned, lane, heads[lane]).items():
-            found.setdefault(path, []).append(_Pair(pair.down, pair.up * weight))
-    pairs = {path: _Pair(torch.cat([pair.down for pair in several]), torch.cat([pair.up for pair in several], 1))
-             for path, several in found.items()}
-    return _truncated(pairs, rank, None, _summed_heads(tuned, heads, weights))
+            found.setdefault(path, []).append((weight, pair))
+    pairs = {path: _joined(several) if rule is None else _ruled(rule, several) for path, several in found.items()}
+    return _truncated(pairs, rank, error, _summed_heads(tuned, heads, weights))
 
 
-def combine_folders(model: nn.Module, folders: Sequence[Path], weights: Sequence[float], rank: int | None = None) -> Converted:
-    """The weighted sum of saved deltas (native or PEFT's) of one base; the model is given back as it was.
+def combine_folders(model: nn.Module, folders: Sequence[Path], weights: Sequence[float], rank: int | None = None, *,
+                    error: float | None = None, rule: Rule | None = None) -> Converted:
+    """`combine` for saved deltas (native or PEFT's) of one base; the model is given back as it was.
 
     Raises:
         CheckpointError: a folder is damaged or belongs to another base. RefusedError, SettingsError: as `combine`.
@@ -112,7 +119,7 @@ def combine_folders(model: nn.Module, folders: Sequence[Path], weights: Sequence
             tuned = load_any(target, folder, f"d{index}")
         if tuned is None:
             raise SettingsError("no delta is given to combine")
-        return combine(tuned, {f"d{index}": weight for index, weight in enumerate(weights)}, rank)
+        return combine(tuned, {f"d{index}": weight for index, weight in enumerate(weights)}, rank, error=error, rule=rule)
     finally:
         if tuned is not None:
             tuned.detach()
@@ -178,11 +185,25 @@ def _dense_pair(wrapper: Adapted, items: Sequence[tuple[Site, Delta]], whole: bo
         reason = f"the {', '.join(others)} of a layer" if others else "a norm" if whole else "a layer that is replaced as well"
         raise RefusedError(f"a low-rank delta cannot change {reason}", got=path, hint="Keep the native format, or merge.")
     change = exact.get("weight", own["weight"]).double() - own["weight"].detach().double()
-    change = change.T if stores_transposed(wrapper.base) else change
-    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    return _factored(change.T if stores_transposed(wrapper.base) else change)
+
+
+def _factored(change: Tensor) -> _Pair:
+    """A change (d_out, d_in) by its singular values, all of them that are more than rounding."""
+    u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
     rank = max(1, int((s > NEGLIGIBLE * s[0]).sum()))
     root = s[:rank].sqrt()
     return _Pair((root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float())
+
+
+def _joined(several: Sequence[tuple[float, _Pair]]) -> _Pair:
+    """The weighted sum, exact."""
+    return _Pair(torch.cat([pair.down for _, pair in several]), torch.cat([pair.up * weight for weight, pair in several], 1))
+
+
+def _ruled(rule: Rule, several: Sequence[tuple[float, _Pair]]) -> _Pair:
+    """What a rule makes of the changes of one layer; a lane that leaves the layer alone has no say in it."""
+    return _factored(rule([pair.up @ pair.down for _, pair in several], [weight for weight, _ in several]))
 
 
 @torch.no_grad()
@@ -208,7 +229,13 @@ def _truncated(pairs: Mapping[str, _Pair], rank: int | None, error: float | None
     for part, tensors in heads:
         state |= {f"{len(methods)}:{key}": tensor for key, tensor in tensors.items()}
         methods.append(part)
-    return Converted(SavedDelta(tuple(methods), state), (missing / total) ** 0.5 if total > 0 else 0.0)
+    sites = {path: (wanted[path], _share(values[path][wanted[path]:], values[path])) for path in pairs}
+    return Converted(SavedDelta(tuple(methods), state), (missing / total) ** 0.5 if total > 0 else 0.0, sites)
+
+
+def _share(missing: Tensor, values: Tensor) -> float:
+    whole = float(values.norm())
+    return float(missing.norm()) / whole if whole > 0 else 0.0
 
 
 def ranks_within(values: Mapping[str, Tensor], error: float) -> dict[str, int]:

@@ -13,7 +13,9 @@ from deltaloom.cli.output import Json, Overrides, Verbose, give, say
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run folder, a delta folder or a model.", metavar="RUN_OR_MODEL")],
     data: Annotated[list[Path], typer.Option("--data", help="The file with rows and their targets; may be repeated.")],
-    delta: Annotated[Path | None, typer.Option("--delta", help="A delta to put on the model.")] = None,
+    delta: Annotated[list[Path] | None, typer.Option("--delta", help="A delta to put on the model; several compose in order.")
+                     ] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="Several deltas' weighted sum instead, e.g. 0.5,0.5.")] = None,
     task: Annotated[str | None, typer.Option("--task", help="The task, where neither run nor delta says it.")] = None,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -25,4 +27,4 @@ def evaluate(
     """
     from deltaloom.jobs.evaluate import evaluate as job
 
-    give(job(source, data, delta=delta, task=task, overrides=overrides or [], say=say), as_json)
+    give(job(source, data, deltas=delta or [], weights=weights, task=task, overrides=overrides or [], say=say), as_json)

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from deltaloom.compress._blocks import stacks_of
 from deltaloom.compress._factors import check_shared, opened_factors
 from deltaloom.compress.base import Compressor, Facts, Work
-from deltaloom.deltas.base import Method, layer_indices, method_from
+from deltaloom.deltas.base import Method, layer_indices, methods_from
 from deltaloom.deltas.full import Full
 from deltaloom.errors import RefusedError, listed
 from deltaloom.events import Emitter, Event, Step
@@ -75,9 +75,9 @@ def methods_of(entries: Sequence[dict[str, Any]], where: str) -> list[Method]:
     """The methods that a step's setting `deltas` names.
 
     Raises:
-        SettingsError: as `method_from`.
+        SettingsError: as `methods_from`.
     """
-    return [method_from(dict(entry), f"{where}.deltas.{index}") for index, entry in enumerate(entries)]
+    return list(methods_from(entries, f"{where}.deltas"))
 
 
 def narrowed(methods: Sequence[Method], layers: Sequence[int] | None) -> list[Method]:

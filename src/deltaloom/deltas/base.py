@@ -20,6 +20,8 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from deltaloom.compact.face import affine_weight
+from deltaloom.deltas._layout import BatchLayout
+from deltaloom.deltas.presets import KEY, expanded, preset_names
 from deltaloom.errors import RefusedError, SettingsError, did_you_mean
 from deltaloom.events import Emitter
 from deltaloom.registry import class_named, names_in
@@ -120,6 +122,13 @@ class PrefixDelta(Delta, ABC):
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """keys and values, each (length, kv_heads, head_dim), seen by queries before the keys of the text."""
 
+    def log_gate(self, x: Tensor) -> Tensor | None:
+        """What is added to the scores of these keys, from what the attention module reads, x (batch, time, width); None: nothing.
+
+        (batch, time), one for each query, or (rows, 1), one for each row; packed rows are (1, time), or one each.
+        """
+        return None
+
 
 class InputDelta(Delta, ABC):
     """Rows in front of the input embeddings."""
@@ -138,6 +147,7 @@ class AttachContext:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     fixed: frozenset[str] = frozenset()  # names of parameters that the model itself does not train, such as position tables
     loading: bool = False                # saved values replace the initial ones right after: none from weights or text are needed
+    layout: BatchLayout = field(default_factory=BatchLayout)  # for deltas that look at whole rows of a call
 
     def layer(self, site: Site) -> nn.Module:
         """The frozen layer at a site."""
@@ -351,10 +361,21 @@ def method_from(record: dict[str, Any], where: str = "deltas") -> Method:
     legal = names_in("deltaloom.deltas")
     if name not in legal:
         answers = [_class(each).asked_as.get(name) for each in legal]
+        if name in preset_names():
+            answers.append(f"That is a preset: write {{{KEY}: {name}}}.")
         hint = next((answer for answer in answers if answer), did_you_mean(name, legal))
         raise SettingsError(f"{where}: unknown method", got=name, legal=legal, hint=hint)
     cls = _class(name)
     return cls.parse({key: value for key, value in record.items() if key != "method"}, f"{where} ({name})")
+
+
+def methods_from(entries: Sequence[Mapping[str, Any]], where: str = "deltas") -> tuple[Method, ...]:
+    """The methods that a list states, with the list of each preset in its place.
+
+    Raises:
+        SettingsError: as `method_from`; no such preset.
+    """
+    return tuple(method_from(record, place) for place, record in expanded(entries, where))
 
 
 def _class(name: str) -> type[Method]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ from deltaloom.tuned import Tuned
 HELP = "Write something; an empty line ends. /base switches the delta off and on, /new forgets the conversation."
 
 
-def chat(source: str, *, delta: Path | None = None, temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0,
+def chat(source: str, *, deltas: Sequence[Path] = (), weights: str | None = None, temperature: float = 0.0,
+         max_new_tokens: int = 256, seed: int = 0,
          read: Callable[[str], str] = input, write: Callable[[str], Any] | None = None) -> None:
     """Read a line, write the model's answer as it comes, until an empty line.
 
     Raises:
         RefusedError: the model writes no text.
     """
-    is_model = delta is None and delta_folder(source) is None
-    opened = open_source(source, delta=delta, task="causal-lm" if is_model else None)
+    is_model = not deltas and delta_folder(source) is None
+    opened = open_source(source, deltas=deltas, weights=weights, task="causal-lm" if is_model else None)
     if not opened.task.generates:
         raise RefusedError("this model does not write text", got=opened.task.name, hint="Use `deltaloom predict`.")
     opened.model.eval()

@@ -14,14 +14,14 @@ from deltaloom.jobs.scoring import class_rows, score
 from deltaloom.report.text import figure, table_text
 
 
-def evaluate(source: str, data: Sequence[Path], *, delta: Path | None = None, task: str | None = None,
-             overrides: Sequence[str] = (), say: Callable[[str], None] = print) -> dict[str, Any]:
+def evaluate(source: str, data: Sequence[Path], *, deltas: Sequence[Path] = (), weights: str | None = None,
+             task: str | None = None, overrides: Sequence[str] = (), say: Callable[[str], None] = print) -> dict[str, Any]:
     """Metrics with 95% bootstrap intervals over rows, per class where there are classes.
 
     Raises:
         DataError: rows that cannot be used, or labels that the model does not know.
     """
-    opened = open_source(source, delta=delta, task=task, overrides=overrides)
+    opened = open_source(source, deltas=deltas, weights=weights, task=task, overrides=overrides)
     bound = opened.task
     found = read_rows([str(path) for path in data], bound.settings, Path.cwd(), accepts=bound.formats, numbers=bound.numbers)
     if bound.targets.labels is not None:

@@ -1,4 +1,4 @@
-"""The catalogues of methods and of compressors, read from their files as text: no torch, and a faulty file hides no other."""
+"""The catalogues of methods, presets and compressors, read as text: no torch, and a faulty file hides no other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from deltaloom import compress, deltas
+from deltaloom.deltas.presets import KEY, Preset, preset, preset_names
 from deltaloom.errors import SettingsError, did_you_mean
 from deltaloom.registry import names_of
 
@@ -48,8 +51,20 @@ def compressors() -> list[MethodFacts]:
     return catalogue(Path(compress.__path__[0]))
 
 
+def presets() -> list[MethodFacts]:
+    """Every preset, with the list that it stands for."""
+    return [MethodFacts(name, preset(name).summary, _preset_text(preset(name)), ()) for name in preset_names()]
+
+
+def _preset_text(found: Preset) -> str:
+    entries = [yaml.safe_dump(entry, sort_keys=False, default_flow_style=True, width=1000).strip() for entry in found.deltas]
+    lines = [found.summary, "", found.text, "", f"{{{KEY}: {found.name}}} in a run file stands for", "",
+             *(f"  - {entry}" for entry in entries)]
+    return "\n".join(lines)
+
+
 def one_or_all(name: str | None) -> list[MethodFacts]:
-    """All methods, or the one method or compressor of that name.
+    """All methods, or the one method, preset or compressor of that name.
 
     Raises:
         SettingsError: there is no such method.
@@ -57,7 +72,7 @@ def one_or_all(name: str | None) -> list[MethodFacts]:
     found = catalogue()
     if name is None:
         return found
-    found += compressors()
+    found += presets() + compressors()
     legal = [method.name for method in found]
     if name not in legal:
         raise SettingsError("unknown method", got=name, legal=legal, hint=did_you_mean(name, legal))
@@ -71,7 +86,7 @@ def method_text(methods: list[MethodFacts], *, full: bool) -> str:
         if not full:
             lines.append(f"{method.name:12} {method.fault or method.summary}")
             continue
-        lines += [method.name, "", method.fault or method.text, "", "Settings:"]
+        lines += [method.name, "", method.fault or method.text, *(["", "Settings:"] if method.settings else [])]
         lines += [f"  {s.name}: {s.type} = {s.default}\n      {s.about}" for s in method.settings]
     return "\n".join(lines)
 

@@ -19,6 +19,7 @@ from deltaloom.errors import CheckpointError, RefusedError, SettingsError, liste
 from deltaloom.evaluate.base import Targets, Task, task_named, task_names
 from deltaloom.jobs.prepare import DTYPES, chosen_precision
 from deltaloom.jobs.runfile import apply_override, read_yaml
+from deltaloom.jobs.several import check_alike, load_several, parsed_weights
 from deltaloom.models import LoadedModel, load_model
 from deltaloom.tuned import Tuned
 
@@ -69,25 +70,31 @@ def needs_delta(source: str | Path) -> Path:
     return found
 
 
-def open_source(source: str, *, delta: Path | None = None, task: str | None = None, model: str | None = None,
-                dtype: str = "auto", overrides: Sequence[str] = ()) -> Opened:
-    """A run or delta on its base, or a model; `overrides` change settings of the data section, `task` is needed where
-    neither the delta nor PEFT's file says it.
+def open_source(source: str, *, deltas: Sequence[Path] = (), weights: str | None = None, task: str | None = None,
+                model: str | None = None, dtype: str = "auto", overrides: Sequence[str] = ()) -> Opened:
+    """A run or delta on its base, or a model with deltas, composed in order or summed by `weights`.
+
+    `overrides` change settings of the data section, `task` is needed where neither the delta nor PEFT's file says it.
 
     Raises:
         CheckpointError: the delta is missing, damaged, or belongs to another base. SettingsError: the task is not known.
     """
-    folder = needs_delta(delta) if delta is not None else delta_folder(source)
-    record = read_record(folder) if folder is not None and (folder / RECORD).is_file() else None
+    folders = [needs_delta(delta) for delta in deltas]
+    if weights is not None and len(folders) < 2:
+        raise SettingsError("weights are for several deltas", got=f"{weights} for {len(folders)}", hint="Repeat --delta.")
+    numbers = None if weights is None else parsed_weights(weights, len(folders))
+    folder = folders[0] if folders else delta_folder(source)
+    record = _record_of(folder)
+    check_alike([_record_of(each) for each in folders])
     name = task or (record.base.task if record is not None else _peft_task(folder))
     if name is None:
         raise SettingsError("the task is not known here", legal=task_names(), hint="Name it with --task.")
     if record is not None and record.base.task not in (None, name):
         raise RefusedError("the delta was trained for another task", got=name, legal=record.base.task)
     kind = task_named(name)
-    base = model or (source if delta is not None or folder is None else _base_of(folder, record))
+    base = model or (source if folders or folder is None else _base_of(folder, record))
     labels = record.base.labels if record is not None else None
-    run = _run_of(source if delta is None else str(delta))
+    run = _run_of(str(deltas[0]) if deltas else source)
     if dtype == "auto" and run.get("train", {}).get("precision") in DTYPES:
         dtype = run["train"]["precision"]  # as in training, so that the numbers are those of the run
     number = None if dtype == AS_STORED else chosen_precision(dtype)[1]
@@ -95,13 +102,20 @@ def open_source(source: str, *, delta: Path | None = None, task: str | None = No
     loaded = load_model(base, task=name, labels=labels, dtype=number, quantise=codec)
     _fast_attention(loaded)
     tuned = None
-    if folder is not None:
+    if len(folders) > 1:
+        tuned = load_several(loaded.model, folders, numbers, fingerprint=loaded.fingerprint)
+    elif folder is not None:
         tuned = load_any(loaded.model, folder, fingerprint=loaded.fingerprint)
     _check_trained(loaded, tuned, source)
     known = LabelMap(tuple(labels)) if labels else _labels_of(loaded, kind)
     settings = _data_settings(run.get("data", {}), overrides)
     bound = kind(settings, Targets(known), loaded.model.config, tokenizer=loaded.tokenizer, processor=loaded.processor)
     return Opened(loaded, tuned, bound, record)
+
+
+def _record_of(folder: Path | None) -> DeltaRecord | None:
+    """The record of a native delta; PEFT's have none."""
+    return read_record(folder) if folder is not None and (folder / RECORD).is_file() else None
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:

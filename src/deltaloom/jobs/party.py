@@ -168,14 +168,14 @@ def _arrive(address: str) -> None:
         time.sleep(0.3)
 
 
-def own_methods(settings: PrivateSettings, methods: Sequence[Method], parse: Callable[[dict[str, Any], str], Method]
-                ) -> tuple[Method, ...]:
+def own_methods(settings: PrivateSettings, methods: Sequence[Method],
+                parse: Callable[[Sequence[dict[str, Any]], str], tuple[Method, ...]]) -> tuple[Method, ...]:
     """The methods of a personal delta."""
     if not settings.personal:
         return tuple(methods)
-    if any("method" not in entry for entry in settings.personal):
+    if any("from" in entry for entry in settings.personal):
         raise SettingsError("private.personal lists methods", got=settings.personal, legal="[{method: NAME, ...}]")
-    return tuple(parse(dict(entry), f"private.personal.{index}") for index, entry in enumerate(settings.personal))
+    return parse(settings.personal, "private.personal")
 
 
 def guard_names(guards: Sequence[Guard]) -> str:

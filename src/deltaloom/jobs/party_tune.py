@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from deltaloom.checkpoint import native
-from deltaloom.deltas.base import Method, method_from, method_record
+from deltaloom.deltas.base import Method, method_record, methods_from
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError, UsageError
 from deltaloom.events import Emitter
 from deltaloom.generate import Prompt
@@ -100,7 +100,7 @@ def tune(folder: Path, run: Run, *, personal: bool = False, overwrite: bool = Fa
     if not on_disk and not personal:
         shutil.rmtree(state.folder / ROUNDS, ignore_errors=True)
     name = state.run_name(which, fresh=not on_disk)
-    methods = own_methods(settings, parts.methods, method_from) if personal else parts.methods
+    methods = own_methods(settings, parts.methods, methods_from) if personal else parts.methods
     channel = connect(membership, settings, run=name, purpose="training", methods=methods)
     try:
         run = _in_owners_numbers(run, channel.facts)

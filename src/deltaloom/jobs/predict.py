@@ -15,9 +15,9 @@ from deltaloom.generate import generate
 from deltaloom.jobs.opening import open_source
 
 
-def predict(source: str, data: Sequence[Path], output: Path, *, delta: Path | None = None, task: str | None = None,
-            max_new_tokens: int = 128, overwrite: bool = False, overrides: Sequence[str] = (),
-            say: Callable[[str], None] = print) -> dict[str, Any]:
+def predict(source: str, data: Sequence[Path], output: Path, *, deltas: Sequence[Path] = (),
+            weights: str | None = None, task: str | None = None, max_new_tokens: int = 128, overwrite: bool = False,
+            overrides: Sequence[str] = (), say: Callable[[str], None] = print) -> dict[str, Any]:
     """Write a line for each row: where it came from, and the label, value, tags or text that the model gives.
 
     Raises:
@@ -27,7 +27,7 @@ def predict(source: str, data: Sequence[Path], output: Path, *, delta: Path | No
         raise RefusedError("the output is a folder, not a file", got=str(output), hint="Name the file to write.")
     if output.exists() and not overwrite:
         raise RefusedError("the output file exists", got=str(output), hint="Pass --overwrite, or choose another name.")
-    opened = open_source(source, delta=delta, task=task, overrides=overrides)
+    opened = open_source(source, deltas=deltas, weights=weights, task=task, overrides=overrides)
     bound = opened.task
     found = read_rows([str(path) for path in data], bound.settings, Path.cwd(), accepts=bound.formats, numbers=bound.numbers,
                       need_targets=False)

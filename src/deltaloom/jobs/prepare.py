@@ -23,7 +23,7 @@ from deltaloom.data.facts import data_facts, overlap
 from deltaloom.data.labels import LabelMap
 from deltaloom.data.read import Data, read_data
 from deltaloom.data.settings import DataSettings
-from deltaloom.deltas.base import Method, method_from
+from deltaloom.deltas.base import Method, methods_from
 from deltaloom.deltas.full import Full
 from deltaloom.errors import RefusedError, SettingsError
 from deltaloom.evaluate.base import Task, task_named, task_names
@@ -101,7 +101,7 @@ def parse_parts(run: Run) -> Parts:
     if not entries:
         raise SettingsError("deltas names no method", hint="`deltaloom methods` lists them; write: deltas: [{method: NAME}]")
     if not any("from" in entry for entry in entries):
-        methods = tuple(method_from(entry, f"deltas.{index}").settled(run.base) for index, entry in enumerate(entries))
+        methods = tuple(method.settled(run.base) for method in methods_from(entries))
         return Parts(task, data, methods, train, base, None, strategy)
     if len(entries) > 1 or set(entries[0]) != {"from"}:
         raise SettingsError("deltas: an entry with 'from' stands alone and takes no further settings", got=entries,

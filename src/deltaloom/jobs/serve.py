@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deltaloom.deltas.base import Method, method_from
+from deltaloom.deltas.base import Method, methods_from
 from deltaloom.errors import RefusedError, SettingsError, UsageError
 from deltaloom.files import write_atomic
 from deltaloom.jobs.owner import ADDRESS, POLICY, authority_of
@@ -105,7 +105,7 @@ def methods_of(path: Path) -> tuple[Method, ...]:
     entries = read_mapping(path, ("deltas",)).get("deltas")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise SettingsError(f"{path.name} lists no methods", got=entries, legal="deltas: [{method: NAME, ...}]")
-    return tuple(method_from(dict(entry), f"deltas.{index}") for index, entry in enumerate(entries))
+    return methods_from(entries)
 
 
 def head_of_front(loaded: LoadedModel, front: Half, methods: Sequence[Method]) -> list[Method]:

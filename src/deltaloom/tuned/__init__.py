@@ -2,6 +2,6 @@
 
 from deltaloom.tuned.attached import Attached
 from deltaloom.tuned.model import Tuned, attach, restore
-from deltaloom.tuned.saved import SavedDelta, SavedMethod
+from deltaloom.tuned.saved import SavedDelta, SavedMethod, stacked
 
-__all__ = ["Attached", "SavedDelta", "SavedMethod", "Tuned", "attach", "restore"]
+__all__ = ["Attached", "SavedDelta", "SavedMethod", "Tuned", "attach", "restore", "stacked"]

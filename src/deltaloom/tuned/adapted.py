@@ -6,7 +6,7 @@ A `Routing` that all wrappers of a tuned model share says which named deltas (la
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaloom.architectures import NOT_BY_ROW
 from deltaloom.compact.face import own_tensors, own_types
+from deltaloom.deltas._layout import BatchLayout, Places
 from deltaloom.deltas.base import Delta, LowRankDelta
 from deltaloom.errors import RefusedError
 from deltaloom.kernels.low_rank import Affine, low_rank_linear
@@ -31,6 +32,7 @@ class Routing:
 
     def __init__(self) -> None:
         self.lanes: str | tuple[str | None, ...] | None = None
+        self.layout = BatchLayout()
 
     def groups(self, batch: int) -> list[Group]:
         """The lanes of a batch of that many rows, each with its rows.
@@ -60,8 +62,13 @@ class Routing:
             self.lanes = before
 
     def kept(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts for an activation checkpoint: its forward, and its running again with the lanes of now."""
-        return nullcontext(), self.set(self.lanes)
+        """Contexts for an activation checkpoint: its forward, and its running again with the lanes and the layout of now."""
+        return nullcontext(), self._again(self.lanes, dict(self.layout.places))
+
+    @contextmanager
+    def _again(self, lanes: str | tuple[str | None, ...] | None, places: Mapping[str, Places]) -> Iterator[None]:
+        with self.set(lanes), self.layout.set(dict(places)):
+            yield
 
 
 class Tap:
@@ -178,7 +185,10 @@ class Adapted(nn.Module):
         if x.shape[0] == 1:  # positions that all rows share
             x = x.expand(len(lanes), *x.shape[1:])
         groups = [(lane, rows.to(x.device)) for lane, rows in Routing.rows(lanes, x.shape[0])]
-        parts = [self._run(lane, x[rows], taken, rows, args, kwargs) for lane, rows in groups]
+        parts = []
+        for lane, rows in groups:
+            with self.routing.layout.narrowed(rows):
+                parts.append(self._run(lane, x[rows], taken, rows, args, kwargs))
         return torch.cat(parts)[torch.cat([rows for _, rows in groups]).argsort()]
 
     def _run(self, lane: str | None, x: Tensor, taken: dict[str, Tensor], rows: Tensor | None, args: tuple[Any, ...],

@@ -20,7 +20,8 @@ from deltaloom.sites import Site, output_layer
 from deltaloom.tuned.adapted import Adapted, Routing, Tap, lanes_of, replace_module, wrappers
 from deltaloom.tuned.attached import Attached, check_together, fit_to, refuse_reentrant, replaced_tensors, state_of
 from deltaloom.tuned.merging import Merged, MergeFacts, merge, unmerge
-from deltaloom.tuned.prefixes import has_prefixes, install_prefix, uninstall_prefix
+from deltaloom.tuned.places import Watchers
+from deltaloom.tuned.prefixes import gates, has_prefixes, install_prefix, taps_of_prefixes, uninstall_prefix
 from deltaloom.tuned.prompts import insert_prompt, strip_prompt
 from deltaloom.tuned.saved import SavedDelta, SavedMethod, attach_saved, misfits
 
@@ -39,6 +40,7 @@ class Tuned(nn.Module):
         self.shared = nn.ModuleDict()
         self.prompts = nn.ModuleDict()
         self.prefixes = nn.ModuleDict()  # registered here, so that devices and modes reach them; the attention modules ask them
+        self.watchers = Watchers(self.routing.layout)
         self.merged: str | None = None
         self.kept: Merged | None = None
         self.training = model.training
@@ -61,7 +63,8 @@ class Tuned(nn.Module):
         if not methods and not heads:
             raise SettingsError("no method is given", hint="Name at least one, such as LoRA(rank=8).")
         with self.bare() as model:
-            context = AttachContext(model, tokenizer, torch.Generator().manual_seed(seed), self._fixed())
+            context = AttachContext(model, tokenizer, torch.Generator().manual_seed(seed), self._fixed(),
+                                    layout=self.routing.layout)
             made = [Attached(method, method.attach(method.sites(model), context), False) for method in methods]
             replaced = {path for path, _ in replaced_tensors(made)}
             for method in heads:
@@ -78,7 +81,7 @@ class Tuned(nn.Module):
         """
         self._check_new(name)
         with self.bare() as model:
-            context = AttachContext(model, fixed=self._fixed(), loading=True)
+            context = AttachContext(model, fixed=self._fixed(), loading=True, layout=self.routing.layout)
             made = [Attached(part.method, attach_saved(part, context), part.is_head) for part in saved.methods]
         fit_to(made, saved.state)
         problems = misfits(state_of(made), saved.state)
@@ -106,6 +109,7 @@ class Tuned(nn.Module):
             for _, module in attached.named_deltas():
                 module.to(device).train(self.training)
         self.lanes[name] = made
+        self.watchers.watch(self.model)
         try:
             for index, attached in enumerate(made):
                 self._install(name, index, attached)
@@ -120,7 +124,11 @@ class Tuned(nn.Module):
         for site, delta in attached.attachment.deltas.items():
             if isinstance(delta, PrefixDelta):
                 self.prefixes[f"{lane}/{index}/{site.name}".replace(".", "/")] = delta
-                install_prefix(self.model, lane, site, delta, self.routing)
+                tap = None
+                if gates(delta):  # it reads what the attention module reads
+                    tap = Tap()
+                    self._wrapper(site.path).entries.append(tap)
+                install_prefix(self.model, lane, site, delta, self.routing, tap)
             elif isinstance(delta, InputDelta):
                 self.prompts[lane] = delta
             else:
@@ -157,7 +165,7 @@ class Tuned(nn.Module):
                 uninstall_prefix(self.model, name, site)
         for wrapper in wrappers(self.model):
             wrapper.remove(name)
-        used = {id(tap) for wrapper in wrappers(self.model) for tap in wrapper.exits.values()}
+        used = {id(tap) for wrapper in wrappers(self.model) for tap in wrapper.exits.values()} | taps_of_prefixes(self.model)
         for wrapper in wrappers(self.model):
             wrapper.entries = [tap for tap in wrapper.entries if id(tap) in used]
             if not wrapper.lanes and not wrapper.entries:
@@ -169,6 +177,8 @@ class Tuned(nn.Module):
         if name in self.prompts:
             del self.prompts[name]
         del self.lanes[name]
+        if not self.lanes:
+            self.watchers.stop()
         lanes = self.routing.lanes
         if name in (lanes if isinstance(lanes, tuple) else (lanes,)):
             self.routing.lanes = next(iter(self.lanes), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -27,6 +27,18 @@ class SavedDelta:
 
     methods: tuple[SavedMethod, ...]
     state: Mapping[str, Tensor]
+
+
+def stacked(parts: Sequence[SavedDelta]) -> SavedDelta:
+    """Several deltas as one that composes them in order."""
+    methods: list[SavedMethod] = []
+    state: dict[str, Tensor] = {}
+    for part in parts:
+        for key, tensor in part.state.items():
+            index, _, rest = key.partition(":")
+            state[f"{int(index) + len(methods)}:{rest}"] = tensor
+        methods += part.methods
+    return SavedDelta(tuple(methods), state)
 
 
 def attach_saved(saved: SavedMethod, context: AttachContext) -> Attachment:
