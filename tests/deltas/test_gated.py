@@ -253,3 +253,15 @@ def test_a_mask_that_says_nothing_of_tokens_is_refused() -> None:
     tuned = gated("bert", [LORA])
     with pytest.raises(RefusedError, match=r"\(batch, time\)"):
         answers(tuned, "bert", attention_mask=torch.ones(3, 1, 7, 7))
+
+
+def test_behind_a_gate_a_prefix_still_spares_the_first_token() -> None:
+    tuned = attach(toy("llama"), [Gated(delta={"method": "prefix", "length": 3, "layers": "0"})])
+    perturb(tuned)
+    ids = toy_batch("llama", labels=False)["input_ids"]
+    with torch.no_grad(), tuned.use(None):
+        plain = tuned(input_ids=ids).logits
+    with torch.no_grad():
+        found = tuned(input_ids=ids).logits
+    torch.testing.assert_close(found[:, 0], plain[:, 0])
+    assert not torch.allclose(found[:, 1:], plain[:, 1:], atol=1e-5)
