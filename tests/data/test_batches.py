@@ -18,7 +18,7 @@ def flat(steps):
     return [index for step in steps for part in step for index in part]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS, size=st.integers(1, 40), seed=st.integers(0, 9), epoch=st.integers(0, 3), micro=st.integers(1, 4000))
 def test_every_example_once_in_steps_of_the_asked_size(lengths, size, seed, epoch, micro):
     steps = plan_steps(lengths, batch_size=size, seed=seed, epoch=epoch, micro_tokens=micro)
@@ -29,7 +29,7 @@ def test_every_example_once_in_steps_of_the_asked_size(lengths, size, seed, epoc
         assert len(part) * max(lengths[index] for index in part) <= micro or len(part) == 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(lengths=LENGTHS, tokens=st.integers(1, 3000), seed=st.integers(0, 9))
 def test_steps_of_tokens_hold_at_most_that_many(lengths, tokens, seed):
     steps = plan_steps(lengths, batch_tokens=tokens, seed=seed)

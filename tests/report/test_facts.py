@@ -208,7 +208,7 @@ def test_damaged_files_are_noted(tmp_path, content):
     assert isinstance(facts.missing, tuple)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     records=st.lists(event_records() | json_values, max_size=6),
     result=st.dictionaries(st.sampled_from(METRIC_KEYS), json_values, max_size=8) | json_values,
@@ -232,7 +232,7 @@ def test_arbitrary_json_is_shown(tmp_path_factory, records, result, run, environ
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=60), st.binary(max_size=60))
 def test_arbitrary_bytes_are_shown(tmp_path_factory, one, other):
     assert_shown(written(tmp_path_factory.mktemp("bytes"), events=one, metrics=other, run=one, environment=other))
