@@ -98,7 +98,7 @@ def stepper(prepared: Prepared, feed: FixedSteps, total: int) -> Run:
     tuned = attach(prepared.loaded.model, [LoRA(rank=8, alpha=16)])
     settings = TrainSettings(max_steps=total, batch_size=prepared.parts.train.batch_size)
     return _assembled(tuned, prepared.task, feed, settings, Emitter(), Progress(total), PeakMemory(tuned.device),
-                      floor_rate=None, evaluate=None, goal=LOSS, folder=None, log=None, identity={})
+                      floor_rate=None, evaluate=None, goal=LOSS, folder=None, log=None, identity={}, strategy=None)
 
 
 def measure_steps(given: argparse.Namespace) -> dict[str, Any]:
