@@ -1,4 +1,4 @@
-"""Whether the first token may see a prefix: loss of SmolLM2 on E2E at birth and after a few steps, on the front and on all layers.
+"""Whether the first token may see a prefix: loss of SmolLM2 on E2E at birth and after a few steps, on the front and everywhere.
 
     python benchmarks/prefix_first_token.py --data DIR [--output benchmarks/results/prefix_first_token.json]
 
