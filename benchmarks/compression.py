@@ -96,7 +96,7 @@ def write_text(data: Path, folder: Path, limit: int | None) -> None:
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 def perform(name: str, stage: str, steps: Steps, data: Path, limit: int | None, precision: str) -> dict[str, Any]:
-    """One compression; a failure is a line too, tried again at the next start."""
+    """One compression; a failure is no line, so that it is tried again at the next start."""
     record: dict[str, Any] = {"stage": stage, "name": name, "steps": steps, "limit": limit, "precision": precision}
     began = time.perf_counter()
     try:
@@ -107,7 +107,7 @@ def perform(name: str, stage: str, steps: Steps, data: Path, limit: int | None, 
                    "data": {"train": str(place / "calibration.jsonl"), "eval": str(place / "held.jsonl"), "max_length": 256}}
             found = compress(parse_compress(run, base=Path.cwd()), say=lambda text: None)
     except Exception:
-        return record | {"failed": traceback.format_exc()}
+        return record | {"failed": traceback.format_exc()}  # for the terminal: it names places of one machine
     kept = ("metrics", "base_metrics", "intervals", "bytes_before", "bytes_after", "parameters_before", "parameters_after",
             "predicted_bytes", "time", "rows", "notes", "versions", "fingerprint")
     return record | {key: found[key] for key in kept} | {"wall_seconds": time.perf_counter() - began}
@@ -128,9 +128,12 @@ def run_stage(given: argparse.Namespace) -> int:
         if (given.only and name not in given.only) or (given.stage, name, given.limit, given.precision) in done:
             continue
         record = perform(name, given.stage, steps, given.data, given.limit, given.precision)
+        if "failed" in record:
+            failed += 1
+            print(f"{given.stage} {name}: {record['failed']}", file=sys.stderr, flush=True)
+            continue
         append(given.results, record)
-        failed += "failed" in record
-        said = record.get("failed", "").strip().rpartition("\n")[2] or (
+        said = (
             f"perplexity {record['metrics']['perplexity']:.4g} (was {record['base_metrics']['perplexity']:.4g}), "
             f"{record['bytes_after'] / record['bytes_before']:.1%} of the bytes, {record['time']['speedup']:.2f} times as fast")
         print(f"{given.stage} {name}: {said}", flush=True)

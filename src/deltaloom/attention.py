@@ -346,12 +346,14 @@ def _per_row(values: Tensor, batch: int) -> Tensor:
 def _mask_with_prefix(mask: Tensor | None, rows: PrefixRows, query: Tensor, length: int) -> Tensor | None:
     """The mask over [prefix | keys]; None if every query may see everything."""
     width = rows.keys.shape[-3]
-    if rows.visible is None and rows.log_gate is None and rows.spared is None:
+    # without a mask every query sees all keys: none is alone unless there is one key only
+    spared = None if mask is None and length - width > 1 else rows.spared
+    if rows.visible is None and rows.log_gate is None and spared is None:
         return None if mask is None else F.pad(mask, (width, 0), value=1 if mask.dtype == torch.bool else 0)
     batch = query.shape[0]
     if mask is None:
         mask = torch.ones(1, 1, 1, length - width, dtype=torch.bool, device=query.device)
-    alone = None if rows.spared is None else _seen(mask).sum(-1, keepdim=True) == 1
+    alone = None if spared is None else _seen(mask).sum(-1, keepdim=True) == 1
     front = torch.ones(batch, width, dtype=torch.bool, device=query.device)
     if rows.visible is not None:
         front = _per_row(rows.visible.to(query.device), batch)
@@ -363,8 +365,8 @@ def _mask_with_prefix(mask: Tensor | None, rows: PrefixRows, query: Tensor, leng
         front = front.clamp_min(torch.finfo(query.dtype).min)
     heads, time = mask.shape[1], max(mask.shape[2], front.shape[1])
     columns = front[:, None].expand(batch, heads, time, width)
-    if alone is not None and rows.spared is not None:
-        hidden = alone & _per_row(rows.spared.to(query.device), batch)[:, None, None]
+    if alone is not None and spared is not None:
+        hidden = alone & _per_row(spared.to(query.device), batch)[:, None, None]
         columns = columns.masked_fill(hidden, 0 if columns.dtype == torch.bool else torch.finfo(columns.dtype).min)
     return torch.cat([columns, mask.expand(batch, heads, time, -1)], dim=-1)
 

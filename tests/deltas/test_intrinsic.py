@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deltaloom.checkpoint import native
+from deltaloom.deltas.base import method_from
 from deltaloom.deltas.intrinsic import Intrinsic
 from deltaloom.errors import RefusedError, SettingsError
 from deltaloom.train.settings import TrainSettings
@@ -199,3 +200,25 @@ def test_what_cannot_be_is_refused_and_nothing_is_changed(name: str) -> None:
 def test_illegal_settings_are_errors(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(SettingsError, match=text):
         Intrinsic(**settings)
+
+
+@pytest.mark.parametrize("over", [
+    {"method": "prefix", "length": 3, "init": "random", "layers": "0"},
+    {"method": "gated", "delta": {"method": "prefix", "length": 3, "init": "random", "layers": "0"}, "start": 0.25}])
+def test_a_prefix_keeps_what_it_is_within_a_subspace(over: dict[str, Any]) -> None:
+    """Who sees it, and its gate: at z = 0 it is the method itself, and the first token does not see it."""
+    batch = toy_batch("llama", labels=False)
+    tuned = attach(toy("llama"), [Intrinsic(over=over, dimension=20)])
+    plain = attach(toy("llama"), [method_from(over, "over")])
+    with torch.no_grad():
+        for delta, other in zip((d for _, d in plain.pairs()), (d for _, d in tuned.pairs()), strict=True):
+            keys, values = (one.detach().clone() for one in other.keys_values())
+            assert (delta.spares_first, delta.gates) == (other.spares_first, other.gates)
+            inner = delta.delta if delta.gates else delta
+            inner.keys.copy_(keys)
+            inner.values.copy_(values)
+        torch.testing.assert_close(logits(tuned, batch), logits(plain, batch))
+        perturb(tuned)
+        with tuned.use(None):
+            bare = logits(tuned, batch)
+        torch.testing.assert_close(logits(tuned, batch)[:, 0], bare[:, 0])

@@ -157,6 +157,14 @@ def _standing_for(delta: Delta, subspace: Subspace) -> Delta:
     return _Adding(delta, subspace) if cls.increments is not Delta.increments else _Changing(delta, subspace)
 
 
+def _penalty(inner: Delta, subspace: Subspace) -> Tensor | None:
+    """The method's own, of the tensors of now; nothing is computed for one that has none."""
+    if type(inner).penalty is Delta.penalty:
+        return None
+    subspace.refresh()
+    return inner.penalty()
+
+
 class _LowRank(LowRankDelta):
     """A low-rank delta within a subspace."""
 
@@ -175,10 +183,7 @@ class _LowRank(LowRankDelta):
         return self.inner.factors()
 
     def penalty(self) -> Tensor | None:
-        if type(self.inner).penalty is Delta.penalty:
-            return None
-        self.subspace[0].refresh()
-        return self.inner.penalty()
+        return _penalty(self.inner, self.subspace[0])
 
 
 class _Changing(Delta):
@@ -210,10 +215,7 @@ class _Changing(Delta):
         return self.inner.fold(weight, bias)
 
     def penalty(self) -> Tensor | None:
-        if type(self.inner).penalty is Delta.penalty:
-            return None
-        self.subspace[0].refresh()
-        return self.inner.penalty()
+        return _penalty(self.inner, self.subspace[0])
 
 
 class _Adding(Delta):
@@ -233,10 +235,7 @@ class _Adding(Delta):
         return self.inner.increments()
 
     def penalty(self) -> Tensor | None:
-        if type(self.inner).penalty is Delta.penalty:
-            return None
-        self.subspace[0].refresh()
-        return self.inner.penalty()
+        return _penalty(self.inner, self.subspace[0])
 
 
 class _Prefix(PrefixDelta):
@@ -248,6 +247,7 @@ class _Prefix(PrefixDelta):
         super().__init__()
         self.inner = inner
         self.subspace = (subspace,)
+        self.spares_first, self.gates = inner.spares_first, inner.gates
 
     def __getstate__(self) -> dict[str, Any]:
         self.subspace[0].forget()
@@ -256,6 +256,13 @@ class _Prefix(PrefixDelta):
     def keys_values(self) -> tuple[Tensor, Tensor]:
         self.subspace[0].refresh()
         return self.inner.keys_values()
+
+    def log_gate(self, x: Tensor) -> Tensor | None:
+        self.subspace[0].refresh()
+        return self.inner.log_gate(x)
+
+    def penalty(self) -> Tensor | None:
+        return _penalty(self.inner, self.subspace[0])
 
 
 class _Rows(InputDelta):

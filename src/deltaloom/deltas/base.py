@@ -117,6 +117,8 @@ class PrefixDelta(Delta, ABC):
 
     # Whether they are hidden from a query that sees one key of the text alone: the first token of a causal row.
     spares_first: bool = False
+    # Whether `log_gate` gives anything, so that somebody has to keep for it what the attention module reads.
+    gates: bool = False
 
     @abstractmethod
     def keys_values(self) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,7 @@ class GatedPrefix(PrefixDelta):
     """A prefix whose scores get the log of a gate on what the attention module reads."""
 
     changes_at_birth = "every query sees new keys and values from the start"
+    gates = True
 
     def __init__(self, delta: PrefixDelta, gate: Gate) -> None:
         super().__init__()

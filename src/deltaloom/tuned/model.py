@@ -21,7 +21,7 @@ from deltaloom.tuned.adapted import Adapted, Routing, Tap, lanes_of, replace_mod
 from deltaloom.tuned.attached import Attached, check_together, fit_to, refuse_reentrant, replaced_tensors, state_of
 from deltaloom.tuned.merging import Merged, MergeFacts, merge, unmerge
 from deltaloom.tuned.places import Watchers
-from deltaloom.tuned.prefixes import gates, has_prefixes, install_prefix, taps_of_prefixes, uninstall_prefix
+from deltaloom.tuned.prefixes import has_prefixes, install_prefix, taps_of_prefixes, uninstall_prefix
 from deltaloom.tuned.prompts import insert_prompt, strip_prompt
 from deltaloom.tuned.saved import SavedDelta, SavedMethod, attach_saved, misfits
 
@@ -125,7 +125,7 @@ class Tuned(nn.Module):
             if isinstance(delta, PrefixDelta):
                 self.prefixes[f"{lane}/{index}/{site.name}".replace(".", "/")] = delta
                 tap = None
-                if gates(delta):  # it reads what the attention module reads
+                if delta.gates:  # it reads what the attention module reads
                     tap = Tap()
                     self._wrapper(site.path).entries.append(tap)
                 install_prefix(self.model, lane, site, delta, self.routing, tap)

@@ -82,11 +82,6 @@ def _gates_of_rows(found: Sequence[tuple[Tensor | None, PrefixRows]], count: int
     return logs
 
 
-def gates(delta: PrefixDelta) -> bool:
-    """Whether a prefix's class has a gate at all: a look at the class, no computation."""
-    return type(delta).log_gate is not PrefixDelta.log_gate
-
-
 def install_prefix(model: nn.Module, lane: str, site: Site, delta: PrefixDelta, routing: Routing, tap: Tap | None = None) -> None:
     """Let the attention module at `site` see the delta's keys and values whenever the routing names the lane.
 
