@@ -11,6 +11,7 @@ Names load what they need on first use, so that importing the package does not i
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from deltaloom.models import load_model
 
 __version__ = "0.1.0"
+
+# torch keeps the CPU kernels of every shape that it met, a thousand of them: where rows differ in length, several hundred MiB
+# within an epoch. Those of a few steps are enough. Read when the first product runs; what the user has set stays.
+for _name, _kernels in (("LRU_CACHE_CAPACITY", "32"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")):
+    os.environ.setdefault(_name, _kernels)
 
 __all__ = ["attach", "load", "load_model", "preset", "register_site", "save", "trainer_callback", "tune"]
 

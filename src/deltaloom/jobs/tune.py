@@ -36,6 +36,7 @@ from deltaloom.report.terminal import TerminalProgress
 from deltaloom.report.text import byte_size, count, figure, table_text
 from deltaloom.sites import all_sites
 from deltaloom.train.loop import check_no_evaluation
+from deltaloom.train.memory import give_back_freed_memory
 from deltaloom.train.progress import planned_steps
 from deltaloom.train.run import TrainResult
 from deltaloom.tuned import Tuned, attach, restore
@@ -66,6 +67,7 @@ def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bo
     `make_ready` is asked for rows and model instead of `prepare`; without `show` the terminal shows no steps.
     """
     parts = parse_parts(run)
+    give_back_freed_memory()
     folder = Path(run.file.output or f"runs/{run.name}")
     check_folder(folder, resume=resume, overwrite=overwrite)
     if parts.continued is not None and not resume and parts.continued.resolve().is_relative_to(folder.resolve()):
