@@ -174,6 +174,18 @@ def test_plan_is_what_tune_then_has(runs, command):
     assert sum(row["parameters"] for row in found["sites"]) == found["trainable_parameters"] + found["head_parameters"]
     assert sorted(path.name for path in runs["b"].parent.iterdir()) == before
     assert ">>" in command("plan", runs["c"].parent / "run.yaml").err
+    assert found["fits"] and 0 < found["seconds"] < 60 and 0 < found["memory_bytes"] < 1e9
+
+
+def test_a_run_that_does_not_fit_into_memory_is_planned_and_refused(runs, command, monkeypatch):
+    run_file = runs["b"].parent / "run.yaml"
+    kept = sorted(path.relative_to(runs["b"]) for path in runs["b"].rglob("*"))
+    monkeypatch.setattr("deltaloom.train.forecast.free_bytes", lambda device: 1000)
+    found = command.json("plan", run_file)
+    assert not found["fits"] and found["memory_bytes"] > 1000 and "gradient_checkpointing" in found["warnings"][-1]
+    refused = command("tune", run_file, "--overwrite")
+    assert refused.code == 3 and "besides the model" in refused.err and "max_length" in refused.err
+    assert sorted(path.relative_to(runs["b"]) for path in runs["b"].rglob("*")) == kept
 
 
 def test_methods_and_models_and_doctor(command):

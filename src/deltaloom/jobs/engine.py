@@ -20,6 +20,7 @@ from deltaloom.jobs.prepare import Prepared
 from deltaloom.jobs.scoring import SAMPLE_TOKENS, Scores, answers, score, shown_rows
 from deltaloom.train.checkpoints import Checkpoint, latest_checkpoint
 from deltaloom.train.feed import ExampleFeed
+from deltaloom.train.forecast import Trial, check_memory
 from deltaloom.train.loop import train
 from deltaloom.train.progress import Goal
 from deltaloom.train.resume import check_same
@@ -109,11 +110,12 @@ class Here(Engine):
     checkpoint: Checkpoint | None = None
 
     def check(self, plan: StepPlan) -> None:
-        """Also that what its strategy asks for can be."""
+        """Also that what its strategy asks for can be, and that its memory is there."""
         strategy = self._strategy()
         controllers = self.tuned.controllers(replace(plan, on_demand=strategy is not None and strategy.grows))
         if strategy is not None:
             check_room(strategy, controllers, self.tuned.counts()[0])
+        check_memory(trial_of(self.prepared, self.tuned))
 
     def _strategy(self) -> Strategy | None:
         plan = self.prepared.parts.strategy
@@ -183,6 +185,11 @@ def feed_of(prepared: Prepared, turn: int = 0) -> ExampleFeed:
     task, settings = prepared.task, prepared.parts.train
     return ExampleFeed(prepared.examples, task.pack if settings.packing else task.collate, settings,
                        seed=prepared.run.file.seed + turn, place=lambda index: rows[index].where)
+
+
+def trial_of(prepared: Prepared, tuned: Tuned) -> Trial:
+    """What a run's memory and time are found with."""
+    return Trial(tuned, prepared.task, feed_of(prepared), prepared.parts.train, [example.length for example in prepared.examples])
 
 
 def goal_of(prepared: Prepared) -> tuple[str, bool]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from deltaloom.checkpoint.record import read_record
+from deltaloom.errors import ResourceError
 from deltaloom.events import finite
-from deltaloom.jobs.estimate import cost
+from deltaloom.jobs.engine import feed_of, trial_of
+from deltaloom.jobs.estimate import flops_per_token, rough_seconds
 from deltaloom.jobs.opening import needs_delta
 from deltaloom.jobs.prepare import DTYPES, Prepared, Say, parse_parts, prepare
 from deltaloom.jobs.runfile import Run
-from deltaloom.jobs.tune import attached, site_table
+from deltaloom.jobs.tune import attached, site_table, untouched_sites
 from deltaloom.report.text import byte_size, count, duration, table_text
-from deltaloom.train.feed import MICRO_TOKENS
+from deltaloom.train.forecast import Forecast, check_memory, forecast, needed_bytes
+from deltaloom.train.memory import free_bytes, give_back_freed_memory
+from deltaloom.train.progress import planned_steps
 from deltaloom.tuned import Tuned
 
 BYTES = 4  # of a trained number on the disk
@@ -25,31 +29,45 @@ def plan(run: Run, *, say: Say = print) -> dict[str, Any]:
         DeltaloomError: whatever would stop the run before its first step.
     """
     parts = parse_parts(run)
+    give_back_freed_memory()  # as training does, so that the peak is the same
     record = read_record(needs_delta(parts.continued)) if parts.continued else None
     prepared = prepare(run, parts, say=say, record=record)
-    model_parameters = prepared.model_parameters
     tokens = _tokens(prepared)
     tuned = attached(prepared)
     deltas, heads = tuned.counts()
-    share = prepared.facts["learned_tokens"] / max(prepared.facts["tokens"], 1)
-    longest = max(example.length for example in prepared.examples)
-    micro = min(max(MICRO_TOKENS, longest), (parts.train.rows_per_step or 16) * longest)
-    with tuned.bare() as model:
-        found = cost(model, dtype=DTYPES[prepared.precision], delta_parameters=deltas + heads, tokens=tokens, micro_tokens=micro,
-                     label_share=share if prepared.task.generates else 0.0, checkpointing=parts.train.gradient_checkpointing)
+    share = prepared.facts["learned_tokens"] / max(prepared.facts["tokens"], 1) if prepared.task.generates else 0.0
+    flops = flops_per_token(untouched_sites(tuned), deltas + heads, share)
     table = site_table(tuned)
-    for kind, message in prepared.notes:
+    found, too_large = _tried(prepared, tuned, rough=rough_seconds(flops, tokens, DTYPES[prepared.precision]))
+    warnings = [*prepared.notes, *([("memory", too_large)] if too_large else [])]
+    for kind, message in warnings:
         say(f"warning ({kind}): {message}")
-    _tell(prepared, tuned, table, model_parameters, say)
+    _tell(prepared, tuned, table, prepared.model_parameters, say)
     delta_bytes = BYTES * (deltas + heads)
     say(f"Model: {byte_size(prepared.model_bytes)}")
-    say(f"Delta: {byte_size(delta_bytes)}; training: about {byte_size(found.memory_bytes)} besides the model, "
-        f"about {duration(found.seconds)} for {count(tokens)} tokens (estimates)")
-    return finite({"sites": table, "trainable_parameters": deltas, "head_parameters": heads, "total_parameters": model_parameters,
-                   "delta_bytes": delta_bytes, "model_bytes": prepared.model_bytes,
-                   "flops_per_token": found.flops_per_token, "memory_bytes": found.memory_bytes,
-                   "seconds": found.seconds, "tokens": tokens, "data": prepared.facts,
-                   "warnings": [message for _, message in prepared.notes]})
+    say(f"Delta: {byte_size(delta_bytes)}; training: about {byte_size(found.peak_bytes)} besides the model, "
+        f"about {duration(found.seconds)} for {count(tokens)} tokens"
+        + (" (rough: nothing was tried)" if too_large else " (from a few of its steps)"))
+    return finite({"sites": table, "trainable_parameters": deltas, "head_parameters": heads,
+                   "total_parameters": prepared.model_parameters, "delta_bytes": delta_bytes, "model_bytes": prepared.model_bytes,
+                   "flops_per_token": flops, "memory_bytes": found.peak_bytes, "free_bytes": free_bytes(tuned.device),
+                   "fits": not too_large, "seconds": found.seconds, "tokens": tokens, "data": prepared.facts,
+                   "warnings": [message for _, message in warnings]})
+
+
+def _tried(prepared: Prepared, tuned: Tuned, *, rough: float) -> tuple[Forecast, str | None]:
+    """What a few steps say; for a run that does not fit into memory, what it needs at least and why it does not."""
+    trial = trial_of(prepared, tuned)
+    try:
+        check_memory(trial)
+    except ResourceError as error:
+        return Forecast(rough, needed_bytes(trial)), str(error)
+    settings, feed = prepared.parts.train, feed_of(prepared)
+    steps = planned_steps(settings, feed)
+    if steps is not None:
+        return forecast(trial, steps), None
+    found = forecast(trial, len(feed.steps(0)))
+    return Forecast(settings.time_limit or found.seconds, found.peak_bytes), None
 
 
 def _tokens(prepared: Prepared) -> int:

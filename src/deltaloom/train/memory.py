@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+MEMORY = Path("/proc/meminfo")
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))  # of a container, cgroup v2
 STATUS, CLEAR, SIZES = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/statm")
 RESET_PEAK = "5"  # resets VmHWM to the current resident size, see proc(5)
 MMAP_THRESHOLD, BLOCK = -3, 1 << 20  # M_MMAP_THRESHOLD of mallopt(3)
@@ -55,6 +57,22 @@ def resident_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return int(SIZES.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 0
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a process may still take, within a container's limit; None where it is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMORY.read_text(), re.M)
+        free = None if found is None else int(found[1]) * 1024
+    except OSError:
+        return None
+    try:
+        most, used = (path.read_text().strip() for path in LIMITS)
+    except OSError:
+        return free
+    return free if most == "max" or free is None else min(free, max(0, int(most) - int(used)))
 
 
 def _reset_resident_peak() -> bool:
