@@ -62,11 +62,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEMPLATE = "Data: {prompt}\nText:"
 TASKS: dict[str, dict[str, Any]] = {
     "rated": {"model": "bundled:minilm", "task": "sequence-classification", "cut": 2, "keep_last": 1, "middle": 1,
-              "data": {"max_length": 64}, "prefix": 16, "rate": 5e-3, "batch": 32, "rounds": 6, "epochs": 3.0,
-              "primary": "accuracy", "precision": "fp32"},
+              "data": {"max_length": 64}, "prefix": 16, "rate": 5e-3, "batch": 32, "epochs": 3.0, "rounds": 12,
+              "passes": 6.0, "primary": "accuracy", "precision": "fp32"},
     "e2e": {"model": "bundled:smollm2-135m-instruct", "task": "causal-lm", "cut": 2, "keep_last": 2, "middle": 20,
-            "data": {"max_length": 128, "template": TEMPLATE}, "prefix": 16, "rate": 5e-3, "batch": 16, "rounds": 4,
-            "epochs": 2.0, "primary": "loss", "precision": "bf16"},
+            "data": {"max_length": 128, "template": TEMPLATE}, "prefix": 16, "rate": 5e-3, "batch": 16, "epochs": 2.0,
+            "rounds": 8, "passes": 4.0, "primary": "loss", "precision": "bf16"},
 }
 
 
@@ -177,7 +177,8 @@ def perform(name: str, data: Path, guard: str, noise: float, scale: float, seed:
 def settings(wanted: dict[str, Any], seed: int) -> BarSettings:
     common = {"batch_size": wanted["batch"], "learning_rate": wanted["rate"], "precision": wanted["precision"],
               "schedule": "constant", "eval_every": None}
-    each = TrainSettings(**common, epochs=wanted["epochs"] / wanted["rounds"])
+    # A round averages what parties that train side by side moved: a pass of both is worth half a pass of all rows in one place.
+    each = TrainSettings(**common, epochs=wanted["passes"] / wanted["rounds"])
     return BarSettings(cut=wanted["cut"], head="party", labels="home", rounds=wanted["rounds"], seed=seed,
                        emulate=TrainSettings(**common, epochs=1.0), tune=each,
                        central=TrainSettings(**common, epochs=wanted["epochs"]))
@@ -241,7 +242,10 @@ def report(results: Path, page: Path) -> None:
         sets = list(next(iter(line["bars"].values())))
         counts = ", ".join(f"{facts['rows']:,} {party}" for party, facts in line["parties"].items())
         guard = "guards off" if line["guard"] == "off" else f"noise of {line['noise']['multiple']} times an activation"
-        parts += [f"### {line['task']}, {guard}", "", f"Training rows: {counts}; {kind} on held-out rows of each kind.", "",
+        told = line["settings"]
+        parts += [f"### {line['task']}, {guard}", "", f"Training rows: {counts}; {kind} on held-out rows of each kind. "
+                  f"Split tuning: {told['passes']:g} passes of each party over its rows in {told['rounds']} rounds; in one place "
+                  f"{told['epochs']:g} passes over all rows.", "",
                   f"| bar | {' | '.join(sets)} | mean |", "|---|" + "---|" * (len(sets) + 1)]
         for bar, scores in line["bars"].items():
             values = [scores[each][kind] for each in sets]
