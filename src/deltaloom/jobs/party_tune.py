@@ -6,7 +6,7 @@ Each is an ordinary run in the party's folder. Killed at any point, the same com
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from deltaloom.checkpoint import native
 from deltaloom.deltas.base import Method, method_record, methods_from
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError, UsageError
-from deltaloom.events import Emitter
+from deltaloom.events import Emitter, Privacy
 from deltaloom.generate import Prompt
 from deltaloom.jobs.engine import Before, Engine, Here, Loop, Write, measured, written
 from deltaloom.jobs.folder import check_folder
@@ -49,6 +49,7 @@ from deltaloom.private.messages import BackFacts
 from deltaloom.private.personal import attach_personal
 from deltaloom.private.remote import RemoteBack
 from deltaloom.private.settings import PrivateSettings, parse_private
+from deltaloom.report.privacy import privacy_text, promise_text
 from deltaloom.train.run import TrainResult
 from deltaloom.tuned import SavedDelta, Tuned, attach
 
@@ -107,6 +108,7 @@ def tune(folder: Path, run: Run, *, personal: bool = False, overwrite: bool = Fa
         session = _Session(folder, settings, state, channel, name, methods, personal, say)
         found = carry_out(run, session.engine, resume=on_disk, overwrite=overwrite, say=say)
         facts = session.facts()
+        say(privacy_text(found["privacy"]))
         say(f"Traffic: {facts['up'] / 1e6:.1f} MB up, {facts['down'] / 1e6:.1f} MB down; rounds: {facts['rounds']}")
         state.write(which, state.read(which) | {"private": facts})
         return found | {"private": facts}
@@ -121,6 +123,7 @@ class _Session:
                  methods: Sequence[Method], personal: bool, say: Say) -> None:
         self.folder, self.settings, self.state, self.channel, self.name = folder, settings, state, channel, name
         self.methods, self.personal, self.say = tuple(methods), personal, say
+        self.guarding = guards_of(settings, state, name)
         self.training: Training | None = None
         self.tokenizer: Any = None
 
@@ -133,16 +136,19 @@ class _Session:
         parts = replace(prepared.parts, methods=self.methods)
         prepared = _on_front(replace(prepared, loaded=loaded, parts=parts), front)
         tuned = self._tuned(prepared, front)
-        chain = guards_of(self.settings, self.state)
-        if chain:
-            self.say(f"Guards: {guard_names(self.settings.row_guards())}")
-        remote = RemoteBack(self.channel, front, chain, run=self.name)
+        remote = RemoteBack(self.channel, front, self.guarding.layers, run=self.name)
         model = FrontModel(tuned, front, remote, self.settings.labels)
         self.training = self._training(prepared, model)
+        self.say(f"Guards: {guard_names(self.settings.row_guards())}")
+        self.say(promise_text(self.privacy()))
         write = _writer(tuned, front, self)
         with tuned.use(None):
             before = measured(prepared, model, write)
-        return Split(prepared, tuned, model, before, self.training, write)
+        return Split(prepared, tuned, model, before, self.training, write, self.privacy)
+
+    def privacy(self) -> dict[str, Any]:
+        """What the guards were worth so far."""
+        return self.guarding.privacy(rounds=isinstance(self.training, InRounds))
 
     def _training(self, prepared: Prepared, model: FrontModel) -> Training:
         """In joint rounds if the owner holds any."""
@@ -203,9 +209,9 @@ class Split(Engine):
     """A front here, its back at the owner."""
 
     def __init__(self, prepared: Prepared, tuned: Tuned, model: nn.Module, before: Before, training: Training,
-                 write: Write | None) -> None:
+                 write: Write | None, privacy: Callable[[], dict[str, Any]]) -> None:
         super().__init__(prepared, tuned, model, before)
-        self.training, self._write = training, write
+        self.training, self._write, self._privacy = training, write, privacy
 
     @property
     def write(self) -> Write | None:
@@ -219,6 +225,12 @@ class Split(Engine):
     def train(self, loop: Loop) -> TrainResult:
         """Over the cut."""
         return self.training.run(loop, (lambda tuned: self.scores().metrics) if self.prepared.held else None)
+
+    def told(self, emit: Emitter) -> dict[str, Any]:
+        """What the guards were worth, over all that was sent, evaluations included."""
+        facts = self._privacy()
+        emit(Privacy(**facts))
+        return {"privacy": facts}
 
     def close(self) -> None:
         """The streams of rounds."""
@@ -252,7 +264,7 @@ def _writer(tuned: Tuned, front: Half, session: _Session) -> Write | None:
         channel = connect(member(session.folder), session.settings, run=session.name, purpose="inference",
                           methods=session.methods, fingerprint=front.fingerprint)
         try:
-            writer = Writer(tuned, front, channel, session.tokenizer, guards_of(session.settings, session.state))
+            writer = Writer(tuned, front, channel, session.tokenizer, session.guarding.layers)
             return writer.generate(prompts, max_new_tokens=SAMPLE_TOKENS)
         finally:
             channel.close()

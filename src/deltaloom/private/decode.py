@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from deltaloom.errors import DeltaloomError, RefusedError
 from deltaloom.generate import Prompt, check_numbers, choose, decoding, encoded, end_tokens, pieces_of, text_of
+from deltaloom.private.account import text_name
 from deltaloom.private.cut import Half
 from deltaloom.private.messages import (
     BusyError,
@@ -148,6 +149,7 @@ class _Row:
         model = self.writer.front.model
         self.cache = DynamicCache(config=model.config)
         self.generator = torch.Generator(model.device).manual_seed(self.seed)
+        self.name = text_name(self.prompt)  # what is written now belongs to this text
 
     @property
     def full(self) -> bool:
@@ -192,7 +194,7 @@ class _Row:
         return output.last_hidden_state[0]
 
     def _guarded(self, hidden: Tensor, offset: int) -> Tensor:
-        context = GuardContext("hidden", "inference", Key(offset, 0), (len(hidden),), self.session)
+        context = GuardContext("hidden", "inference", Key(offset, 0), (len(hidden),), self.session, (self.name,))
         with torch.no_grad():
             for guard in self.writer.guards:
                 hidden = guard.outgoing(hidden, context)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from deltaloom.evaluate._classes import class_loss
 from deltaloom.evaluate.base import Task
 from deltaloom.evaluate.causal_lm import PlaceLosses
 from deltaloom.kernels.cross_entropy import token_losses
+from deltaloom.private.account import text_name
 from deltaloom.private.cut import Half
 from deltaloom.private.messages import Layout, Output
 from deltaloom.private.remote import Packing, RemoteBack
@@ -65,6 +67,8 @@ class FrontModel(PlaceLosses):
     def at_cut(self, inputs: dict[str, Any], lengths: Tensor | None = None) -> tuple[Tensor, Packing]:
         """(hidden states at the cut (tokens, d_model), how they lie); rows are right-padded or packed."""
         packing = packing_of(inputs, lengths)
+        if self.remote.guards:
+            packing = replace(packing, texts=_names(inputs["input_ids"], packing))
         hidden = run_front(self.front.model, inputs, self.front.is_decoder)
         return packed(hidden, packing.layout, packing.lengths), packing
 
@@ -172,6 +176,12 @@ def packing_of(inputs: dict[str, Any], lengths: Tensor | None = None) -> Packing
             raise RefusedError("rows that are sent over a cut are padded on the right only, to the longest of them",
                                got="an attention mask with zeros elsewhere")
     return Packing(tuple(lengths.tolist()) if lengths is not None else (ids.shape[1],) * len(ids), layout)
+
+
+def _names(ids: Tensor, packing: Packing) -> tuple[str, ...]:
+    """Names of the texts in a model's inputs."""
+    flat = packed(ids.cpu()[..., None], packing.layout, packing.lengths)[:, 0]
+    return tuple(text_name(part.tolist()) for part in flat.split(packing.lengths))
 
 
 def places_inside(places: Tensor, packing: Packing) -> Tensor:
