@@ -210,5 +210,15 @@ def test_labels_at_the_owner_and_a_guard(command, place, tmp_path):
                          "--attack", "nearest-embedding", "--attack", "probe-table")
     assert {one["case"] for one in found["table"]} == {"none", "the run's guards", "gaussian, 3 x rms"}
     assert {one["attack"] for one in found["table"]} == {"nearest-embedding", "probe-table"}
+    assert found["labels"] == found["membership"] == [] and found["not_rehearsed"]
+    found = command.json("leakage", party, "--data", tmp_path / "sample.jsonl", "--rows", "4", "--noise", "3")
+    labels = {one["case"]: one for one in found["labels"]}
+    assert set(labels) == {"none", "the run's guards", "gaussian on gradients, 3 x rms"}
+    assert labels["none"]["recovered"] == 1.0 > labels["none"]["majority"]
+    assert {(one["attack"], one["update"]) for one in found["membership"]} == {
+        (attack, update) for attack in ("membership-gradient", "membership-loss") for update in ("single", "mean of 3")}
+    assert all(0 <= one["auc"] <= 1 and one["chance"] == 0.5 < one["coin"] for one in found["membership"])
+    page = (party / "leakage.html").read_text()
+    assert "inferred from gradients" in page and "inferred from a round" in page
     assert "unknown attack" in command.refused("leakage", party, "--data", tmp_path / "sample.jsonl", "--attack", "magic")
     assert (party / "leakage.html").exists()

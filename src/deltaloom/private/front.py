@@ -142,7 +142,7 @@ class Learner:
 
     def _language(self, hidden: Tensor, packing: Packing, batch: Batch, labels: Tensor) -> tuple[Tensor, float]:
         places = learned_places(labels) if batch.places is None else batch.places
-        wanted, inside = labels.flatten()[places + 1], places_inside(places, packing)
+        wanted, inside = wanted_labels(batch, labels), places_inside(places, packing)
         model, remote = self.model, self.model.remote
         if model.labels == "owner":
             return remote.loss(hidden, packing, inside, wanted), len(places)
@@ -157,6 +157,14 @@ class Learner:
             return remote.loss(hidden, packing, places, labels, weights), count
         return remote.promise(hidden, packing, places, model.output, lambda out: class_loss(
             model.class_outputs(out, packing, places), labels, weights)[0]), count
+
+
+def wanted_labels(batch: Batch, labels: Tensor) -> Tensor:
+    """What a batch's outputs at label positions are to be, (n,), in the order in which their gradients are sent: the next tokens
+    of a language model, the classes of a classifier."""
+    if labels.ndim == 1:
+        return labels
+    return labels.flatten()[(learned_places(labels) if batch.places is None else batch.places) + 1]
 
 
 def packing_of(inputs: dict[str, Any], lengths: Tensor | None = None) -> Packing:
