@@ -5,6 +5,7 @@ Each is an ordinary run in the party's folder. Killed at any point, the same com
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from deltaloom.checkpoint import native
 from deltaloom.deltas.base import Method, method_record, methods_from
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError, UsageError
 from deltaloom.events import Emitter, Privacy
+from deltaloom.files import write_atomic
 from deltaloom.generate import Prompt
 from deltaloom.jobs.engine import Before, Engine, Here, Loop, Write, measured, written
 from deltaloom.jobs.folder import check_folder
@@ -49,6 +51,9 @@ from deltaloom.private.messages import BackFacts
 from deltaloom.private.personal import attach_personal
 from deltaloom.private.remote import RemoteBack
 from deltaloom.private.settings import PrivateSettings, parse_private
+from deltaloom.report.card import model_card
+from deltaloom.report.facts import read_run
+from deltaloom.report.page import write_report
 from deltaloom.report.privacy import privacy_text, promise_text
 from deltaloom.train.run import TrainResult
 from deltaloom.tuned import SavedDelta, Tuned, attach
@@ -65,6 +70,8 @@ def emulate(folder: Path, run: Run, *, overwrite: bool = False, say: Say = print
     member(folder)
     settings = parse_private(run.file.private)
     run = _placed(run, folder / EMULATED, say)
+    if not overwrite and _cut_at_its_report(folder / EMULATED):
+        return _reported(folder / EMULATED, say)
     head = _head_of(parse_parts(run).task.name)
 
     def through(prepared: Prepared) -> Here:
@@ -96,6 +103,8 @@ def tune(folder: Path, run: Run, *, personal: bool = False, overwrite: bool = Fa
     parts = parse_parts(run)
     if parts.continued is not None:
         raise SettingsError("deltas: a party's run begins with what it tuned on the emulator", got="from", legal="{method: NAME}")
+    if not overwrite and _cut_at_its_report(folder / which):
+        return _reported(folder / which, say) | {"private": state.read(which).get("private", {})}
     on_disk = _goes_on(folder / which, overwrite)
     check_folder(folder / which, resume=on_disk, overwrite=overwrite)
     if not on_disk and not personal:
@@ -296,8 +305,22 @@ def _placed(run: Run, folder: Path, say: Say) -> Run:
 
 
 def _goes_on(folder: Path, overwrite: bool) -> bool:
-    """Whether an unfinished run lies there, to be gone on with."""
-    return not overwrite and (folder / "run.yaml").exists() and not (folder / "metrics.json").exists()
+    """Whether an unfinished run lies there, to be gone on with; its first file is the log, which a kill may leave alone."""
+    begun = any((folder / name).exists() for name in ("run.yaml", "events.jsonl"))
+    return not overwrite and begun and not (folder / "metrics.json").exists()
+
+
+def _cut_at_its_report(folder: Path) -> bool:
+    """Whether a kill came between a run's figures, which are its end, and the pages about them."""
+    return (folder / "metrics.json").exists() and not (folder / "report.html").exists()
+
+
+def _reported(folder: Path, say: Say) -> dict[str, Any]:
+    """Write the pages of a run that has ended; its figures."""
+    say(f"The run had ended; what was missing of its report is written: {folder / 'report.html'}")
+    write_atomic(folder / "README.md", model_card(read_run(folder)))
+    write_report([folder], folder / "report.html")
+    return dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
 
 
 def _in_owners_numbers(run: Run, facts: BackFacts) -> Run:
