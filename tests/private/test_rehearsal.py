@@ -1,13 +1,19 @@
 """What the owner sees besides hidden states: labels leak through gradients, noise hides them; members show in an update."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from deltaloom.data.encode import Example
 from deltaloom.deltas.prefix import Prefix
+from deltaloom.errors import RefusedError
+from deltaloom.jobs import leakage_rehearsed
 from deltaloom.private.cut import split
 from deltaloom.private.guards.gaussian import Gaussian
 from deltaloom.private.leakage import measure_labels, measure_membership
 from deltaloom.private.rehearsal import Halves, coin_limit, gradients_seen, rehearsed_round
+from deltaloom.report.private import leakage_page
 from deltaloom.tuned import attach
 from tests.private.pieces import PREFIX, examples, head_of, settings_for, task_for, task_name, three_blocks
 
@@ -88,3 +94,29 @@ def test_the_limit_of_a_coin_is_that_of_many_coins():
     ours, others = scores[:, :8], scores[:, 8:]
     areas = (ours[:, :, None] > others[:, None, :]).float().mean((1, 2))
     assert float(areas.quantile(0.975)) == pytest.approx(coin_limit(8, 12), abs=0.02)
+
+
+def test_what_cannot_be_rehearsed_is_said(monkeypatch):
+    def gone(opened):
+        raise RefusedError("the emulator was moved")
+
+    said = []
+    monkeypatch.setattr(leakage_rehearsed, "_stand_in", gone)
+    found = leakage_rehearsed.rehearsed(None, [], rows=2, noise=(), say=said.append)
+    assert found["labels"] == found["membership"] == [] and "moved" in found["not_rehearsed"] and "moved" in said[0]
+    monkeypatch.setattr(leakage_rehearsed, "_stand_in", lambda opened: None)
+    monkeypatch.setattr(leakage_rehearsed, "_labels", lambda *given: [])
+    found = leakage_rehearsed.rehearsed(None, examples("llama", 15), rows=2, noise=(), say=said.append)
+    assert "at least 16 rows" in found["not_rehearsed"]
+    page = leakage_page("a", {"rows": 2, "public": 3, "table": [], "verdicts": [], **found})
+    assert "at least 16 rows" in page
+
+
+def test_a_planted_secret_is_learned_where_its_row_is():
+    row = Example(0, [1, 5, 6, 7, 8, 9, 10, 11, 2], [-100, -100, -100, 7, 8, 9, 10, 11, 2], 9)
+    planted, where = leakage_rehearsed._planted([row, replace(row, row=1)], seed=1)
+    assert where == [0] and planted[1] == replace(row, row=1)
+    changed = planted[0]
+    assert [label for label in changed.labels if label != -100] == changed.input_ids[3:] and changed.input_ids != row.input_ids
+    few = [Example(0, [1, 5, 2], 1, 3)]
+    assert leakage_rehearsed._planted(few, seed=1) == (few, [])

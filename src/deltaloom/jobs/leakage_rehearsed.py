@@ -42,15 +42,21 @@ Say = Callable[[str], None]
 
 
 def rehearsed(opened: TunedFront, examples: Sequence[Example], *, rows: int, noise: Sequence[float], say: Say) -> dict[str, Any]:
-    """`labels`: a line for each case and attack; `membership`: a line for each attack and update; `not_rehearsed`: why not, if
-    the emulator is no longer there."""
+    """`labels`: a line for each case and attack; `membership`: a line for each attack and update; `not_rehearsed`: what is
+    missing and why (the emulator is no longer there, or the rows are too few), or nothing."""
     try:
         loaded = _stand_in(opened)
     except DeltaloomError as error:
         say(f"Labels and membership are not attacked: {error}")
         return {"labels": [], "membership": [], "not_rehearsed": str(error)}
-    return {"labels": _labels(opened, loaded, examples[:rows], noise), "not_rehearsed": "",
-            "membership": _membership(opened, loaded, examples, say)}
+    found: dict[str, Any] = {"labels": _labels(opened, loaded, examples[:rows], noise), "membership": [], "not_rehearsed": ""}
+    needed = FEWEST * (PARTIES + 1)
+    if len(examples) < needed:
+        found["not_rehearsed"] = f"membership needs at least {needed} rows, and there are {len(examples)}"
+        say(f"Not attacked: {found['not_rehearsed']}")
+    else:
+        found["membership"] = _membership(opened, loaded, examples, say)
+    return found
 
 
 def _stand_in(opened: TunedFront) -> LoadedModel:
@@ -93,9 +99,6 @@ def _membership(opened: TunedFront, loaded: LoadedModel, examples: Sequence[Exam
     order = list(examples)
     random.Random(opened.run.file.seed).shuffle(order)
     each = len(order) // (PARTIES + 1)
-    if each < FEWEST:
-        say(f"Membership is not attacked: {len(order)} rows are fewer than {FEWEST * (PARTIES + 1)}")
-        return []
     groups = [order[start:start + each] for start in range(0, each * (PARTIES + 1), each)]
     members, mine = _planted(groups[0], seed=1)
     others, theirs = _planted(groups[-1], seed=2)

@@ -107,8 +107,10 @@ def demo_page(found: Found) -> str:
 
 def leakage_page(name: str, found: Found) -> str:
     """The page of a party's leakage alone."""
-    return _page(f"Leakage of {name}", f"{found['rows']} texts attacked with {found['public']} public texts.",
-                 rehearsed_sections(found), found)
+    lead = f"{found['rows']} texts attacked with {found['public']} public texts."
+    if found.get("not_rehearsed"):
+        lead += f" Not measured: {found['not_rehearsed']}."
+    return _page(f"Leakage of {name}", lead, rehearsed_sections(found), found)
 
 
 def _page(title: str, lead: str, sections: Sequence[Section], leakage: Found) -> str:
