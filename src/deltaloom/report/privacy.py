@@ -55,10 +55,13 @@ def promise_text(found: Found) -> str:
 
 def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without the lines of the folder that say what those of the run say."""
-    known = {(row.get("crossing"), row.get("unit"), row.get("releases"), row.get("mu"), row.get("eta")) for row in rows
-             if row.get("scope") == "run"}
-    return [row for row in rows[:100] if row.get("scope") == "run" or
-            (row.get("crossing"), row.get("unit"), row.get("releases"), row.get("mu"), row.get("eta")) not in known]
+    known = {_said(row) for row in rows[:100] if row.get("scope") == "run"}
+    return [row for row in rows[:100] if row.get("scope") == "run" or _said(row) not in known]
+
+
+def _said(row: Found) -> tuple[object, ...]:
+    return (as_text(row.get("crossing"), 100), as_text(row.get("unit"), 100),
+            *(as_number(row.get(key)) for key in ("releases", "mu", "eta")))
 
 
 def _worth(row: Found) -> str:
