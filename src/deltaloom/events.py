@@ -138,6 +138,19 @@ class Acted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Privacy(Event):
+    """What a party's guards are worth: `rows` of the account (see `private.account`) at `delta`, and what is not promised.
+
+    `promised`: whether any guard draws noise. `unpromised`: what leaves the party without any promise, in sentences.
+    """
+
+    promised: bool
+    delta: float
+    rows: list[dict[str, Any]]
+    unpromised: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished(Event):
     """Training ended: why (`completed`, `max_time`, `early_stop`, `interrupted`), seconds of the loop alone, tokens."""
 

@@ -55,6 +55,8 @@ def test_the_whole_flow(command, frames, place, tmp_path):
         tuned = command.json("party", "tune", party, run)
         assert tuned["metrics"]["loss"] < tuned["base_metrics"]["loss"]
         assert tuned["private"]["up"] > 0 and tuned["private"]["samples"] == 32
+        assert tuned["privacy"]["promised"] is False and "no guard draws noise" in tuned["privacy"]["unpromised"][0]
+        assert "<b>Nothing is promised</b>" in (party / "tuned" / "report.html").read_text()
         assert "--overwrite" in command.refused("party", "tune", party, run)
         own = command.json("party", "tune", party, run, "--personal")
         assert own["metrics"]["loss"] < tuned["metrics"]["loss"]
@@ -189,12 +191,34 @@ def test_labels_at_the_owner_and_a_guard(command, place, tmp_path):
     command.json("owner", "init", owner, "--name", "acme")
     with Owner(owner, place / "model"):
         party = joined(command, owner, tmp_path)
-        tuned = command.json("party", "tune", party, run)
+        said = command("party", "tune", party, run, "--json")
+        tuned = json.loads(said.out)
+        assert "each release of a row of hidden states costs mu 400" in said.err
+        assert "What the guards promise, at delta 1e-06" in said.err and "NOT promised: labels: they are sent" in said.err
+        own = command.json("party", "tune", party, run, "--personal")
     assert tuned["metrics"]["loss"] < tuned["base_metrics"]["loss"]
+    page = (party / "tuned" / "report.html").read_text()
+    assert "Privacy</h2>" in page and "one text, over all its rows" in page and "labels: they are sent to the owner" in page
+    for found in (tuned, own):
+        assert found == json.loads((party / ("personal" if found is own else "tuned") / "metrics.json").read_text()) | {
+            "private": found["private"]}
+    rows = [{(row["scope"], row["unit"]): row for row in found["privacy"]["rows"]} for found in (tuned, own)]
+    assert rows[0]["run", "all rows"]["releases"] == rows[0]["folder", "all rows"]["releases"] > 1000
+    assert rows[1]["folder", "all rows"]["releases"] == sum(each["run", "all rows"]["releases"] for each in rows)
     write_rows(tmp_path / "sample.jsonl", rows_of(24))
     found = command.json("leakage", party, "--data", tmp_path / "sample.jsonl", "--rows", "4", "--noise", "3",
                          "--attack", "nearest-embedding", "--attack", "probe-table")
     assert {one["case"] for one in found["table"]} == {"none", "the run's guards", "gaussian, 3 x rms"}
     assert {one["attack"] for one in found["table"]} == {"nearest-embedding", "probe-table"}
+    assert found["labels"] == found["membership"] == [] and found["not_rehearsed"]
+    found = command.json("leakage", party, "--data", tmp_path / "sample.jsonl", "--rows", "4", "--noise", "3")
+    labels = {one["case"]: one for one in found["labels"]}
+    assert set(labels) == {"none", "the run's guards", "gaussian on gradients, 3 x rms"}
+    assert labels["none"]["recovered"] == 1.0 > labels["none"]["majority"]
+    assert {(one["attack"], one["update"]) for one in found["membership"]} == {
+        (attack, update) for attack in ("membership-gradient", "membership-loss") for update in ("single", "mean of 3")}
+    assert all(0 <= one["auc"] <= 1 and one["chance"] == 0.5 < one["coin"] for one in found["membership"])
+    page = (party / "leakage.html").read_text()
+    assert "inferred from gradients" in page and "inferred from a round" in page
     assert "unknown attack" in command.refused("leakage", party, "--data", tmp_path / "sample.jsonl", "--attack", "magic")
     assert (party / "leakage.html").exists()

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from deltaloom.generate import generate
-from deltaloom.private.back import Back
+from deltaloom.private.back import Back, BackSettings
 from deltaloom.private.cut import split
 from deltaloom.private.decode import Writer
+from deltaloom.private.messages import BusyError, OpenRequest
 from deltaloom.private.policy import Policy
+from deltaloom.private.sessions import SessionSettings
 from deltaloom.tuned import attach
 from tests.private.owned import channel, joined, service
 from tests.private.pieces import is_causal, run_front, run_whole, settings_for, task_name, three_blocks
@@ -55,6 +57,25 @@ def test_split_inference_writes_the_whole_models_tokens(tmp_path):
                 if index == 2:
                     serving.forget("a")
             assert "".join(found) == expected[0]
+
+
+def test_a_killed_writers_sessions_make_room_for_the_next_process_and_no_one_elses_do(tmp_path):
+    front, back = split(three_blocks("llama"), "causal-lm", 1)
+    serving = Back(back, BackSettings(sessions=SessionSettings(per_party=2)))
+    with service(tmp_path / "o", serving, POLICY) as owner:
+        a, b = (joined(owner.authority, tmp_path, name, owner.address) for name in "ab")
+        kind = greeting(front, "owner", purpose="inference")
+        with channel(b, run="other", **kind) as other, channel(a, run="beside", **kind) as beside:
+            for wire in (other, beside):
+                wire.submit(OpenRequest("kept", 5)).result(30)
+            with channel(a, run="killed", **kind) as killed:
+                killed.submit(OpenRequest("lost", 5)).result(30)
+                with pytest.raises(BusyError):
+                    killed.submit(OpenRequest("more", 5)).result(30)
+            with channel(a, run="again", **kind) as wire:
+                writer = Writer(attach(front.model, prefix("llama")), front, wire, byte_level())
+                assert len(writer.generate(PROMPTS, max_new_tokens=3)) == len(PROMPTS)
+            assert set(serving.sessions._open) == {("a", "kept"), ("b", "kept")}
 
 
 def test_two_parties_at_once_get_what_each_gets_alone(tmp_path):

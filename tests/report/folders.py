@@ -228,6 +228,15 @@ def run_events(
     happened.append(events.Saved(step=steps, path="/home/someone/secret-place/runs/sst2/checkpoints/step-120", bytes=302112))
     if finished:
         happened += [
+            events.Privacy(
+                promised=True,
+                delta=1e-6,
+                rows=[
+                    {"crossing": "hidden states", "scope": scope, "unit": "text", "releases": 12, "mu": mu, "epsilon": 4}
+                    for scope, mu in (("run", 1.5), ("folder", 2.5))
+                ],
+                unpromised=["labels: they are sent to the owner as they are"],
+            ),
             events.Sampled(
                 row=3, input="it 's slow -- very , very slow .", reference="negative", before="positive", after="negative"
             ),

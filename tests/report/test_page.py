@@ -120,6 +120,7 @@ def test_every_kind_of_event_leaves_a_trace(html):
         events.Warned: "12 training rows occur twice",
         events.RankChanged: "Ranks while training",
         events.Acted: "accuracy has not risen for 2 evaluations",
+        events.Privacy: "all runs of this folder",
         events.Finished: "completed",
     }
     assert {type(event) for event in run_events()} == set(traces) == set(events.Event.__subclasses__())

@@ -17,11 +17,15 @@ def leakage(
     rows: Annotated[int, typer.Option("--rows", min=2, help="Texts that are attacked.")] = 12,
     noise: Annotated[list[float] | None, typer.Option("--noise", help="A further case: Gaussian noise, in multiples of the size "
                                                       "of an activation. May be repeated; default: 1 and 4.")] = None,
-    attacks: Annotated[list[str] | None, typer.Option("--attack", help="Only this attack; may be repeated.")] = None,
+    attacks: Annotated[list[str] | None, typer.Option("--attack", help="Only this attack on tokens; may be repeated. "
+                                                         "Labels and membership are then left out.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Attack the party's own first results as the owner could, without guards, with the run's guards, and under noise.
+
+    Then labels that stay home, from gradients, and whose rows were trained on, from a round's update: both in a rehearsal on the
+    emulator. Each figure stands beside what a guess gets.
 
     Nothing is sent. Example: `deltaloom leakage a/ --data sample.jsonl`
     """

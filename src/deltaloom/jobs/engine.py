@@ -100,6 +100,10 @@ class Engine(ABC):
         """What the tuned model answers to the rows that the report shows."""
         return _shown(self.prepared, self.model, self.write)
 
+    def told(self, emit: Emitter) -> dict[str, Any]:
+        """Further facts for metrics.json when all scores are there, as events too."""
+        return {}
+
     def close(self) -> None:  # noqa: B027 (nothing to give back is the rule)
         """Give back what the engine holds."""
 

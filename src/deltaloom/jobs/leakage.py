@@ -1,4 +1,8 @@
-"""What the owner could recover of a party's text: the attacks on the party's own front, under its guards and under noise."""
+"""What the owner could recover of a party's text, labels and samples: the attacks, under the party's guards and under noise.
+
+Tokens are attacked in the rows of the party's own front. Labels and membership are attacked in a rehearsal on the emulator, which
+stands in for the owner's model (see `leakage_rehearsed`). Nothing is sent.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from deltaloom.errors import DataError, SettingsError
 from deltaloom.events import finite
 from deltaloom.files import write_atomic
 from deltaloom.jobs.folder import write_json
+from deltaloom.jobs.leakage_rehearsed import NOT_REHEARSED, SECRET, around, rehearsed
 from deltaloom.jobs.party_use import TunedFront, open_front
 from deltaloom.private.attacks.base import Knowledge, TokenAttack, attacks_of
 from deltaloom.private.guards.base import Guard, parse_guards
@@ -22,7 +27,7 @@ from deltaloom.private.leakage import Case, Leakage, Victim, measure, plant
 from deltaloom.private.replay import run_front
 from deltaloom.report.private import leakage_page, leakage_text
 
-SHORTEST, SECRET = 8, 4        # tokens of a text that is attacked, and of a planted secret
+SHORTEST = 8                   # tokens of a text that is attacked
 QUANTILE = 0.99                # of the rows' norms: noise is drawn for rows that are clipped there
 Say = Callable[[str], None]
 
@@ -32,8 +37,9 @@ def leakage(folder: Path, data: Sequence[Path], *, rows: int = 12, noise: Sequen
             say: Say = print) -> dict[str, Any]:
     """Attack the first `rows` texts of `data`, with the others as the attacker's public text; nothing is sent to anybody.
 
-    noise: multiples of an activation's root mean square, each a further case. attacks: names, all for none. A table is
-    printed, and written to the party's folder as leakage.json and leakage.html.
+    noise: multiples of an activation's (for labels a gradient's) root mean square, each a further case. attacks: names, all for
+    none; those on labels and members are left out with them. The tables are printed, and written to the party's folder as
+    leakage.json and leakage.html.
 
     Raises:
         UsageError: nothing was tuned yet. DataError: too few rows. SettingsError: an unknown attack.
@@ -42,11 +48,13 @@ def leakage(folder: Path, data: Sequence[Path], *, rows: int = 12, noise: Sequen
     opened = open_front(folder, personal=personal)
     found = read_rows([str(path) for path in data], opened.task.settings, Path.cwd(), accepts=opened.task.formats,
                       numbers=opened.task.numbers)
-    texts = [torch.tensor(example.input_ids) for example in opened.task.encode(found.rows) if len(example.input_ids) >= SHORTEST]
+    examples = [example for example in opened.task.encode(found.rows) if len(example.input_ids) >= SHORTEST]
+    texts = [torch.tensor(example.input_ids) for example in examples]
     if len(texts) < 2 * rows:
         raise DataError("too few rows to attack some with the help of the others", got=len(texts), legal=f"at least {2 * rows}")
     measured = attacked(opened, texts, rows=rows, noise=noise, attacks=chosen, without_prefix=without_prefix, say=say)
-    result = finite(measured.as_dict() | {"rows": rows, "public": len(texts) - rows})
+    more = rehearsed(opened, examples, rows=rows, noise=noise, say=say) if not attacks else dict(NOT_REHEARSED)
+    result = finite(measured.as_dict() | {"rows": rows, "public": len(texts) - rows} | more)
     say(leakage_text(result))
     write_json(folder / "leakage.json", result)
     write_atomic(folder / "leakage.html", leakage_page(folder.name, result))
@@ -71,7 +79,7 @@ def attacked(opened: TunedFront, texts: Sequence[Tensor], *, rows: int, noise: S
              without_prefix: bool, say: Say) -> Leakage:
     """The table for texts (ids) of which the first `rows` are the victim's, with planted secrets."""
     front, tuned = opened.front, opened.tuned
-    before, after = _around(texts)
+    before, after = around(texts, SECRET)
     secret, public = list(texts[:rows]), texts[rows:]
     seen = sorted(set(torch.cat(list(public)).tolist()) - {*before, *after})
     planted, canaries = plant(secret, vocabulary=seen, length=SECRET, every=3, edges=(len(before), len(after)))
@@ -112,13 +120,3 @@ def _noisy(hidden: Sequence[Tensor], levels: Sequence[float]) -> list[Case]:
         guards: tuple[Guard, ...] = parse_guards([{"guard": "gaussian", "norm": norm, "sigma": level * scale}], "noise")
         cases.append(Case(f"gaussian, {level:g} x rms", guards))
     return cases
-
-
-def _around(texts: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that begin, and that end, every text: the template's."""
-    lists = [text.tolist() for text in texts]
-    room = min(map(len, lists)) - SECRET - 1
-    before = next((n for n in range(room) if len({ids[n] for ids in lists}) > 1), max(0, room))
-    room -= before
-    after = next((n for n in range(max(0, room)) if len({ids[-1 - n] for ids in lists}) > 1), max(0, room))
-    return tuple(lists[0][:before]), tuple(lists[0][len(lists[0]) - after:])

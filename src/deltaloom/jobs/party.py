@@ -1,7 +1,7 @@
 """What a party does to belong to an owner: join, and connect. Its folder holds everything it has:
 
     party.key party.crt authority.crt contact.json    who it is, see `private.membership`; the key never leaves
-    state/          names of its runs, noise key, what it answered in rounds
+    state/          names of its runs, noise key, what it answered in rounds, what it released through guards
     emulated/       run folder of tuning on the emulator
     front/          its half of the model
     tuned/          run folder of split tuning
@@ -22,17 +22,21 @@ from typing import Any
 from deltaloom import __version__
 from deltaloom.deltas.base import Method
 from deltaloom.errors import CheckpointError, SettingsError, UsageError
+from deltaloom.events import finite
 from deltaloom.private import client
+from deltaloom.private.account import Account, unpromised
 from deltaloom.private.client import GrpcChannel, OwnerAway, Reconnect
-from deltaloom.private.guards.base import Chain, Guard
+from deltaloom.private.guards.base import CROSSINGS, Chain, Guard
 from deltaloom.private.identity import read_secret, write_secret
 from deltaloom.private.membership import Membership, read_invite
+from deltaloom.private.messages import Guard as LayerGuard
 from deltaloom.private.settings import PrivateSettings
 from deltaloom.private.wire.convert import Hello
 
 STATE, EMULATED, FRONT, TUNED, PERSONAL = "state", "emulated", "front", "tuned", "personal"
 ARRIVE_SECONDS = 15.0   # an owner that is being restarted is waited for so long before a command begins
 KEY_BYTES = 32
+RELEASED = "released.jsonl"
 Say = Callable[[str], None]
 
 
@@ -127,9 +131,35 @@ def member(folder: Path) -> Membership:
     return found
 
 
-def guards_of(settings: PrivateSettings, state: PartyState) -> tuple[Chain, ...]:
-    """The run's guards as one chain; none if none are given."""
-    return (Chain(settings.row_guards(), state.noise_key),) if settings.guards else ()
+@dataclass(frozen=True)
+class Guarding:
+    """What a run's guards are and what they are worth: `layers` for what leaves; `account` None where no guard draws noise."""
+
+    settings: PrivateSettings
+    layers: tuple[LayerGuard, ...] = ()
+    account: Account | None = None
+
+    def privacy(self, *, rounds: bool = False) -> dict[str, Any]:
+        """What was promised of what has left so far, and what was not: the fields of `events.Privacy`; `rounds`: joint ones."""
+        settings, account = self.settings, self.account
+        rows = account.rows(settings.dp_delta) if account is not None else []
+        open_ways = unpromised(account.costs if account is not None else {}, labels=settings.labels, rounds=rounds,
+                               masked=settings.update_guard is not None)
+        if account is not None and account.cut_lines:
+            open_ways.append(f"what {account.cut_lines} cut lines in the journal of releases stand for: a kill cut them before "
+                             "anything was sent, or the file was damaged")
+        return dict(finite({"promised": account is not None, "delta": settings.dp_delta, "rows": rows, "unpromised": open_ways}))
+
+
+def guards_of(settings: PrivateSettings, state: PartyState, run: str) -> Guarding:
+    """The run's guards as one chain, and around it the account of what they released; `run` names this run or session."""
+    if not settings.guards:
+        return Guarding(settings)
+    chain = Chain(settings.row_guards(), state.noise_key)
+    if not any(chain.cost(crossing).promised for crossing in CROSSINGS):
+        return Guarding(settings, (chain,))
+    account = Account(state.folder / RELEASED, chain, state.noise_key, run)
+    return Guarding(settings, (chain, account), account)
 
 
 def connect(membership: Membership, settings: PrivateSettings, *, run: str, purpose: str, methods: Sequence[Method],

@@ -5,8 +5,9 @@ Each is an ordinary run in the party's folder. Killed at any point, the same com
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import nn
 from deltaloom.checkpoint import native
 from deltaloom.deltas.base import Method, method_record, methods_from
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError, UsageError
-from deltaloom.events import Emitter
+from deltaloom.events import Emitter, Privacy
+from deltaloom.files import write_atomic
 from deltaloom.generate import Prompt
 from deltaloom.jobs.engine import Before, Engine, Here, Loop, Write, measured, written
 from deltaloom.jobs.folder import check_folder
@@ -49,6 +51,10 @@ from deltaloom.private.messages import BackFacts
 from deltaloom.private.personal import attach_personal
 from deltaloom.private.remote import RemoteBack
 from deltaloom.private.settings import PrivateSettings, parse_private
+from deltaloom.report.card import model_card
+from deltaloom.report.facts import read_run
+from deltaloom.report.page import write_report
+from deltaloom.report.privacy import privacy_text, promise_text
 from deltaloom.train.run import TrainResult
 from deltaloom.tuned import SavedDelta, Tuned, attach
 
@@ -64,6 +70,8 @@ def emulate(folder: Path, run: Run, *, overwrite: bool = False, say: Say = print
     member(folder)
     settings = parse_private(run.file.private)
     run = _placed(run, folder / EMULATED, say)
+    if not overwrite and _cut_at_its_report(folder / EMULATED):
+        return _reported(folder / EMULATED, say)
     head = _head_of(parse_parts(run).task.name)
 
     def through(prepared: Prepared) -> Here:
@@ -95,6 +103,8 @@ def tune(folder: Path, run: Run, *, personal: bool = False, overwrite: bool = Fa
     parts = parse_parts(run)
     if parts.continued is not None:
         raise SettingsError("deltas: a party's run begins with what it tuned on the emulator", got="from", legal="{method: NAME}")
+    if not overwrite and _cut_at_its_report(folder / which):
+        return _reported(folder / which, say) | {"private": state.read(which).get("private", {})}
     on_disk = _goes_on(folder / which, overwrite)
     check_folder(folder / which, resume=on_disk, overwrite=overwrite)
     if not on_disk and not personal:
@@ -107,6 +117,7 @@ def tune(folder: Path, run: Run, *, personal: bool = False, overwrite: bool = Fa
         session = _Session(folder, settings, state, channel, name, methods, personal, say)
         found = carry_out(run, session.engine, resume=on_disk, overwrite=overwrite, say=say)
         facts = session.facts()
+        say(privacy_text(found["privacy"]))
         say(f"Traffic: {facts['up'] / 1e6:.1f} MB up, {facts['down'] / 1e6:.1f} MB down; rounds: {facts['rounds']}")
         state.write(which, state.read(which) | {"private": facts})
         return found | {"private": facts}
@@ -121,6 +132,7 @@ class _Session:
                  methods: Sequence[Method], personal: bool, say: Say) -> None:
         self.folder, self.settings, self.state, self.channel, self.name = folder, settings, state, channel, name
         self.methods, self.personal, self.say = tuple(methods), personal, say
+        self.guarding = guards_of(settings, state, name)
         self.training: Training | None = None
         self.tokenizer: Any = None
 
@@ -133,16 +145,19 @@ class _Session:
         parts = replace(prepared.parts, methods=self.methods)
         prepared = _on_front(replace(prepared, loaded=loaded, parts=parts), front)
         tuned = self._tuned(prepared, front)
-        chain = guards_of(self.settings, self.state)
-        if chain:
-            self.say(f"Guards: {guard_names(self.settings.row_guards())}")
-        remote = RemoteBack(self.channel, front, chain, run=self.name)
+        remote = RemoteBack(self.channel, front, self.guarding.layers, run=self.name)
         model = FrontModel(tuned, front, remote, self.settings.labels)
         self.training = self._training(prepared, model)
+        self.say(f"Guards: {guard_names(self.settings.row_guards())}")
+        self.say(promise_text(self.privacy()))
         write = _writer(tuned, front, self)
         with tuned.use(None):
             before = measured(prepared, model, write)
-        return Split(prepared, tuned, model, before, self.training, write)
+        return Split(prepared, tuned, model, before, self.training, write, self.privacy)
+
+    def privacy(self) -> dict[str, Any]:
+        """What the guards were worth so far."""
+        return self.guarding.privacy(rounds=isinstance(self.training, InRounds))
 
     def _training(self, prepared: Prepared, model: FrontModel) -> Training:
         """In joint rounds if the owner holds any."""
@@ -203,9 +218,9 @@ class Split(Engine):
     """A front here, its back at the owner."""
 
     def __init__(self, prepared: Prepared, tuned: Tuned, model: nn.Module, before: Before, training: Training,
-                 write: Write | None) -> None:
+                 write: Write | None, privacy: Callable[[], dict[str, Any]]) -> None:
         super().__init__(prepared, tuned, model, before)
-        self.training, self._write = training, write
+        self.training, self._write, self._privacy = training, write, privacy
 
     @property
     def write(self) -> Write | None:
@@ -219,6 +234,12 @@ class Split(Engine):
     def train(self, loop: Loop) -> TrainResult:
         """Over the cut."""
         return self.training.run(loop, (lambda tuned: self.scores().metrics) if self.prepared.held else None)
+
+    def told(self, emit: Emitter) -> dict[str, Any]:
+        """What the guards were worth, over all that was sent, evaluations included."""
+        facts = self._privacy()
+        emit(Privacy(**facts))
+        return {"privacy": facts}
 
     def close(self) -> None:
         """The streams of rounds."""
@@ -252,7 +273,7 @@ def _writer(tuned: Tuned, front: Half, session: _Session) -> Write | None:
         channel = connect(member(session.folder), session.settings, run=session.name, purpose="inference",
                           methods=session.methods, fingerprint=front.fingerprint)
         try:
-            writer = Writer(tuned, front, channel, session.tokenizer, guards_of(session.settings, session.state))
+            writer = Writer(tuned, front, channel, session.tokenizer, session.guarding.layers)
             return writer.generate(prompts, max_new_tokens=SAMPLE_TOKENS)
         finally:
             channel.close()
@@ -284,8 +305,22 @@ def _placed(run: Run, folder: Path, say: Say) -> Run:
 
 
 def _goes_on(folder: Path, overwrite: bool) -> bool:
-    """Whether an unfinished run lies there, to be gone on with."""
-    return not overwrite and (folder / "run.yaml").exists() and not (folder / "metrics.json").exists()
+    """Whether an unfinished run lies there, to be gone on with; its first file is the log, which a kill may leave alone."""
+    begun = any((folder / name).exists() for name in ("run.yaml", "events.jsonl"))
+    return not overwrite and begun and not (folder / "metrics.json").exists()
+
+
+def _cut_at_its_report(folder: Path) -> bool:
+    """Whether a kill came between a run's figures, which are its end, and the pages about them."""
+    return (folder / "metrics.json").exists() and not (folder / "report.html").exists()
+
+
+def _reported(folder: Path, say: Say) -> dict[str, Any]:
+    """Write the pages of a run that has ended; its figures."""
+    say(f"The run had ended; what was missing of its report is written: {folder / 'report.html'}")
+    write_atomic(folder / "README.md", model_card(read_run(folder)))
+    write_report([folder], folder / "report.html")
+    return dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
 
 
 def _in_owners_numbers(run: Run, facts: BackFacts) -> Run:

@@ -29,6 +29,7 @@ from deltaloom.private.front import FrontModel
 from deltaloom.private.halves import load_half
 from deltaloom.private.remote import RemoteBack
 from deltaloom.private.settings import PrivateSettings, parse_private
+from deltaloom.report.privacy import privacy_text
 from deltaloom.tuned import Tuned, restore
 
 LEFT_OUT = {"train", "eval", "eval_fraction", "max_rows", "class_weights"}  # settings that decide no row's reading
@@ -72,10 +73,10 @@ def open_front(folder: Path, *, personal: bool | None = None) -> TunedFront:
 
 
 @contextmanager
-def channel_of(opened: TunedFront) -> Iterator[GrpcChannel]:
-    """A stream for inference."""
+def channel_of(opened: TunedFront, run: str) -> Iterator[GrpcChannel]:
+    """A stream for inference; `run` names it."""
     methods = [part.method for part in opened.tuned.attached() if not part.is_head]
-    channel = connect(member(opened.folder), opened.settings, run=secrets.token_hex(16), purpose="inference", methods=methods,
+    channel = connect(member(opened.folder), opened.settings, run=run, purpose="inference", methods=methods,
                       fingerprint=opened.front.fingerprint)
     try:
         yield channel
@@ -100,8 +101,10 @@ def predict(folder: Path, data: Sequence[Path], output: Path, *, max_new_tokens:
     found = read_rows([str(path) for path in data], task.settings, Path.cwd(), accepts=task.formats, numbers=task.numbers,
                       need_targets=False)
     say(f"Data: {len(found)} rows; {found.detected}")
-    chain = guards_of(opened.settings, opened.state)
-    with channel_of(opened) as channel:
+    run = secrets.token_hex(16)
+    guarding = guards_of(opened.settings, opened.state, run)
+    chain = guarding.layers
+    with channel_of(opened, run) as channel:
         if task.generates:
             writer = Writer(opened.tuned, opened.front, channel, task.tokenizer, chain)
             texts = writer.generate(task.prompts(found.rows), max_new_tokens=max_new_tokens)
@@ -115,7 +118,9 @@ def predict(folder: Path, data: Sequence[Path], output: Path, *, max_new_tokens:
              for index, (row, answer) in enumerate(zip(found.rows, answers, strict=True))]
     write_atomic(output, "".join(line + "\n" for line in lines))
     say(f"Wrote {len(lines)} predictions to {output}; {traffic.up / 1e3:.0f} kB up, {traffic.down / 1e3:.0f} kB down")
-    return {"rows": len(lines), "path": str(output), "up": traffic.up, "down": traffic.down}
+    privacy = guarding.privacy()
+    say(privacy_text(privacy))
+    return {"rows": len(lines), "path": str(output), "up": traffic.up, "down": traffic.down, "privacy": privacy}
 
 
 def chat(folder: Path, *, temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0, personal: bool | None = None,
@@ -130,10 +135,13 @@ def chat(folder: Path, *, temperature: float = 0.0, max_new_tokens: int = 256, s
         raise RefusedError("this model does not write text", got=opened.task.name, hint="Use `deltaloom party predict`.")
     if temperature < 0:
         raise SettingsError("a temperature is at least 0", got=temperature)
-    with channel_of(opened) as channel:
-        writer = Writer(opened.tuned, opened.front, channel, opened.task.tokenizer, guards_of(opened.settings, opened.state))
+    run = secrets.token_hex(16)
+    guarding = guards_of(opened.settings, opened.state, run)
+    with channel_of(opened, run) as channel:
+        writer = Writer(opened.tuned, opened.front, channel, opened.task.tokenizer, guarding.layers)
 
         def answer(prompt: Any, turn: int) -> Iterator[str]:
             return writer.stream(prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + turn)
 
         converse(opened.task, opened.tuned, answer, read, write or sys.stdout.write)
+    print(privacy_text(guarding.privacy()), file=sys.stderr)

@@ -221,6 +221,7 @@ def _finish(engine: Engine, result: TrainResult, folder: Path, emit: Emitter, sa
     task, scores = prepared.task, engine.scores()
     for index, (old, new) in enumerate(zip(before.answers, engine.shown(), strict=True)):
         emit(Sampled(row=index, input=rows[index].source, reference=rows[index].target, before=old, after=new))
+    more = engine.told(emit)
     labels = list(prepared.labels.names) if prepared.labels else None
     base = {"source": prepared.loaded.source, "commit": prepared.loaded.commit, "fingerprint": prepared.loaded.fingerprint,
             "task": task.name, "labels": labels, "quantise": prepared.parts.base.quantise}
@@ -243,7 +244,8 @@ def _finish(engine: Engine, result: TrainResult, folder: Path, emit: Emitter, sa
         "delta_bytes": delta_bytes, "flops_per_token": flops, "seconds": result.seconds, "tokens": result.tokens,
         "tokens_per_second": result.tokens / result.seconds if result.seconds else 0.0,
         "peak_memory_bytes": result.peak_memory_bytes, "steps": result.step, "epochs": result.epochs, "reason": result.reason,
-        "best_step": result.best_step, "evaluation_seconds": result.evaluation_seconds, "saving_seconds": result.saving_seconds}
+        "best_step": result.best_step, "evaluation_seconds": result.evaluation_seconds, "saving_seconds": result.saving_seconds,
+        **more}
     write_json(folder / "metrics.json", metrics)
     write_atomic(folder / "README.md", model_card(read_run(folder)))
     write_report([folder], folder / "report.html")

@@ -112,16 +112,20 @@ class Ledger:
 
     `per_token` is about one transmitted row: whoever sees all releases of that row, and no other row, cannot tell any two rows
     apart better than it says. Rows of one text depend on one another (a layer below the cut mixes tokens), so what all rows
-    tell about a text together is `per_sample`: any two texts of at most that many tokens.
+    tell about a text together is `per_sample`: any two texts of at most that many tokens. Trained deltas carry what they learned
+    of one text into the rows of others: whatever is told by all rows that were ever sent is `together`.
     """
 
     def __init__(self) -> None:
         self._samples: dict[str, list[float]] = {}  # releases, mu^2 and eta of a row, the same times rows
-        self._unprotected = 0
+        self._unprotected = self._rows = 0
         self._diameter: float | None = 0.0
 
-    def record(self, cost: Cost, tokens: Mapping[str, int]) -> None:
-        """One release: `tokens` maps each sample's name to the rows that were sent of it."""
+    def record(self, cost: Cost, tokens: Mapping[str, int], *, further: bool = False) -> None:
+        """One release: `tokens` maps each sample's name to the rows that were sent of it.
+
+        `further`: these rows follow others of the same release of the sample (decoding sends one after another).
+        """
         if not cost.promised:
             self._unprotected += sum(tokens.values())
         if cost.eta > 0:
@@ -129,8 +133,10 @@ class Ledger:
             self._diameter = max(self._diameter or 0.0, cost.diameter or 0.0) if known else None
         for sample, rows in tokens.items():
             held = self._samples.setdefault(sample, [0.0] * 5)
-            for index, more in enumerate((1.0, cost.mu**2, cost.eta, cost.mu**2 * rows, cost.eta * rows)):
+            once = 0.0 if further else 1.0
+            for index, more in enumerate((once, once * cost.mu**2, once * cost.eta, cost.mu**2 * rows, cost.eta * rows)):
                 held[index] += more
+            self._rows += rows
 
     @property
     def unprotected(self) -> int:
@@ -145,12 +151,20 @@ class Ledger:
         """The worst sample."""
         return self._worst(3, 4, delta)
 
+    def together(self, delta: float) -> Spent:
+        """All rows of all samples; `releases` counts rows."""
+        held = self._samples.values()
+        return self._spent(self._rows, sum(each[3] for each in held), sum(each[4] for each in held), delta)
+
     def _worst(self, squares: int, etas: int, delta: float) -> Spent:
-        _check_delta(delta)
         held = self._samples.values()
         releases = int(max((each[0] for each in held), default=0))
-        mu = math.sqrt(max((each[squares] for each in held), default=0.0))
-        eta = max((each[etas] for each in held), default=0.0)
+        return self._spent(releases, max((each[squares] for each in held), default=0.0),
+                           max((each[etas] for each in held), default=0.0), delta)
+
+    def _spent(self, releases: int, square: float, eta: float, delta: float) -> Spent:
+        _check_delta(delta)
+        mu = math.sqrt(square)
         epsilon: float | None = None
         if not self._unprotected and (eta == 0 or self._diameter is not None):
             epsilon = (gaussian_epsilon(mu, delta) if mu else 0.0) + eta * (self._diameter or 0.0)
@@ -159,7 +173,7 @@ class Ledger:
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"samples": {name: list(held) for name, held in self._samples.items()}, "unprotected": self._unprotected,
-                "diameter": self._diameter}
+                "diameter": self._diameter, "rows": self._rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave.
@@ -169,13 +183,13 @@ class Ledger:
         """
         try:
             samples = {str(name): [float(value) for value in held] for name, held in state["samples"].items()}
-            unprotected, diameter = int(state["unprotected"]), state["diameter"]
+            unprotected, diameter, rows = int(state["unprotected"]), state["diameter"], int(state["rows"])
             diameter = None if diameter is None else float(diameter)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise CheckpointError("this is no state of a privacy ledger", hint="Take the file that the party wrote.") from None
         if any(len(held) != 5 or not all(math.isfinite(v) and v >= 0 for v in held) for held in samples.values()):
             raise CheckpointError("a privacy ledger has samples with impossible amounts")
-        self._samples, self._unprotected, self._diameter = samples, unprotected, diameter
+        self._samples, self._unprotected, self._diameter, self._rows = samples, unprotected, diameter, rows
 
 
 def _check_delta(delta: float) -> None:

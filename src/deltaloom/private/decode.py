@@ -7,6 +7,7 @@ what it sent, so that a session that the owner forgot, by a restart or for lack 
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -19,6 +20,7 @@ from transformers import DynamicCache
 
 from deltaloom.errors import DeltaloomError, RefusedError
 from deltaloom.generate import Prompt, check_numbers, choose, decoding, encoded, end_tokens, pieces_of, text_of
+from deltaloom.private.account import text_name
 from deltaloom.private.cut import Half
 from deltaloom.private.messages import (
     BusyError,
@@ -38,13 +40,14 @@ from deltaloom.private.messages import (
 from deltaloom.private.remote import expect
 from deltaloom.tuned import Tuned
 
+BUSY_SECONDS = 0.25  # between two questions for room
 AT_ONCE = 4  # rows that are written at the same time; what an owner allows a party by default
 CLOSING_SECONDS = 5.0  # a channel that is closed before its owner heard of a session's end leaves it there until it is idle
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A tuned front that writes text with the back at the other end of a channel.
+    """A tuned front that writes text with the back at the other end of a channel; `patience`: seconds to wait for room there.
 
     Raises:
         RefusedError: the model is no language model whose head is at the owner.
@@ -55,6 +58,7 @@ class Writer:
     channel: Channel
     tokenizer: Any
     guards: Sequence[Guard] = ()
+    patience: float = 15.0
 
     def __post_init__(self) -> None:
         if self.front.task != "causal-lm" or self.front.has_head:
@@ -83,7 +87,7 @@ class Writer:
                     index = waiting.pop()
                     row = _Row(self, rows[index], max_new_tokens, temperature, top_p, seed + index)
                     try:
-                        row.open()
+                        row.open(0.0 if live else self.patience)
                     except BusyError:
                         if not live:
                             raise
@@ -114,7 +118,7 @@ class Writer:
 
     def _tokens(self, row: _Row) -> Iterator[int]:
         ends = end_tokens(self.front.model, self.tokenizer)
-        row.open()
+        row.open(self.patience)
         try:
             while True:
                 row.send()
@@ -148,14 +152,23 @@ class _Row:
         model = self.writer.front.model
         self.cache = DynamicCache(config=model.config)
         self.generator = torch.Generator(model.device).manual_seed(self.seed)
+        self.name = text_name(self.prompt)  # what is written now belongs to this text
 
     @property
     def full(self) -> bool:
         """Whether the token that comes now is the last one."""
         return len(self.written) + 1 >= self.most
 
-    def open(self) -> None:
-        expect(self.writer.channel.submit(OpenRequest(self.session, len(self.prompt) + self.most)), DoneReply)
+    def open(self, patience: float = 0.0) -> None:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                expect(self.writer.channel.submit(OpenRequest(self.session, len(self.prompt) + self.most)), DoneReply)
+                return
+            except BusyError:  # an earlier process's connection may not be known to be gone yet
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(BUSY_SECONDS)
 
     def close(self) -> list[Future[Reply]]:
         """Give the owner's cache back; an owner that cannot be reached will forget it by itself. What to wait for."""
@@ -192,7 +205,7 @@ class _Row:
         return output.last_hidden_state[0]
 
     def _guarded(self, hidden: Tensor, offset: int) -> Tensor:
-        context = GuardContext("hidden", "inference", Key(offset, 0), (len(hidden),), self.session)
+        context = GuardContext("hidden", "inference", Key(offset, 0), (len(hidden),), self.session, (self.name,))
         with torch.no_grad():
             for guard in self.writer.guards:
                 hidden = guard.outgoing(hidden, context)

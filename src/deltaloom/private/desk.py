@@ -15,7 +15,8 @@ from typing import Any
 from deltaloom.errors import DeltaloomError, RefusedError, ResourceError, UsageError
 from deltaloom.private.audit import Audit
 from deltaloom.private.journal import log
-from deltaloom.private.messages import Answering, BusyError, ForgottenError
+from deltaloom.private.leftovers import Leftovers
+from deltaloom.private.messages import Answering, BusyError, CloseRequest, ForgottenError, OpenRequest
 from deltaloom.private.metrics import Metrics
 from deltaloom.private.policy import Policy
 from deltaloom.private.refused import Refused
@@ -60,6 +61,7 @@ class Desk:
                  coordinator: Coordinating | None = None) -> None:
         self.executor, self.coordinator = executor, coordinator
         self.policy, self.audit, self.metrics, self.usage = policy, audit, metrics, usage
+        self.leftovers = Leftovers()
         self._replies: Replies[Prepared] = Replies(4 * policy.limits.in_flight)
 
     @property
@@ -131,7 +133,7 @@ class Desk:
         codec = visit.hello.codec
         # Sessions and rounds know their repeats themselves: theirs change something at the owner.
         if head.kind.name in SESSIONS | ROUNDS:
-            return self._computed(visit.party, head, frame.body, codec), False
+            return self._computed(visit.party, head, frame.body, codec, visit.hello.run), False
         key = (visit.hello.run, codec, head.kind.name, head.fields.get("keep", True), head.step, head.micro)
         digest = digest_of(head, frame.body)
         if not visit.check_step(head) and not self._replies.known(visit.party, key, digest):
@@ -140,8 +142,14 @@ class Desk:
         return self._replies.answer(visit.party, key, digest, lambda: self._computed(visit.party, head, frame.body, codec),
                                     self.policy.limits.request_seconds)
 
-    def _computed(self, party: str, head: Head, body: memoryview, codec: str) -> Prepared:
+    def _computed(self, party: str, head: Head, body: memoryview, codec: str, run: str = "") -> Prepared:
         message = decode_message(head, body, self.bounds)
+        if isinstance(message, OpenRequest):
+            for session in self.leftovers.take(party, run):
+                self.executor.answer(party, CloseRequest(session))
+            self.leftovers.opened(party, run, message.session)
+        elif isinstance(message, CloseRequest):
+            self.leftovers.closed(party, run, message.session)
         if head.kind.name in ROUNDS and self.coordinator is not None:
             return prepare(self.coordinator.answer(party, message), codec)
         return prepare(self.executor.answer(party, message), codec)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from deltaloom.evaluate._classes import class_loss
 from deltaloom.evaluate.base import Task
 from deltaloom.evaluate.causal_lm import PlaceLosses
 from deltaloom.kernels.cross_entropy import token_losses
+from deltaloom.private.account import text_name
 from deltaloom.private.cut import Half
 from deltaloom.private.messages import Layout, Output
 from deltaloom.private.remote import Packing, RemoteBack
@@ -65,6 +67,8 @@ class FrontModel(PlaceLosses):
     def at_cut(self, inputs: dict[str, Any], lengths: Tensor | None = None) -> tuple[Tensor, Packing]:
         """(hidden states at the cut (tokens, d_model), how they lie); rows are right-padded or packed."""
         packing = packing_of(inputs, lengths)
+        if self.remote.guards:
+            packing = replace(packing, texts=_names(inputs["input_ids"], packing))
         hidden = run_front(self.front.model, inputs, self.front.is_decoder)
         return packed(hidden, packing.layout, packing.lengths), packing
 
@@ -138,7 +142,7 @@ class Learner:
 
     def _language(self, hidden: Tensor, packing: Packing, batch: Batch, labels: Tensor) -> tuple[Tensor, float]:
         places = learned_places(labels) if batch.places is None else batch.places
-        wanted, inside = labels.flatten()[places + 1], places_inside(places, packing)
+        wanted, inside = wanted_labels(batch, labels), places_inside(places, packing)
         model, remote = self.model, self.model.remote
         if model.labels == "owner":
             return remote.loss(hidden, packing, inside, wanted), len(places)
@@ -153,6 +157,14 @@ class Learner:
             return remote.loss(hidden, packing, places, labels, weights), count
         return remote.promise(hidden, packing, places, model.output, lambda out: class_loss(
             model.class_outputs(out, packing, places), labels, weights)[0]), count
+
+
+def wanted_labels(batch: Batch, labels: Tensor) -> Tensor:
+    """What a batch's outputs at label positions are to be, (n,), in the order in which their gradients are sent: the next tokens
+    of a language model, the classes of a classifier."""
+    if labels.ndim == 1:
+        return labels
+    return labels.flatten()[(learned_places(labels) if batch.places is None else batch.places) + 1]
 
 
 def packing_of(inputs: dict[str, Any], lengths: Tensor | None = None) -> Packing:
@@ -172,6 +184,12 @@ def packing_of(inputs: dict[str, Any], lengths: Tensor | None = None) -> Packing
             raise RefusedError("rows that are sent over a cut are padded on the right only, to the longest of them",
                                got="an attention mask with zeros elsewhere")
     return Packing(tuple(lengths.tolist()) if lengths is not None else (ids.shape[1],) * len(ids), layout)
+
+
+def _names(ids: Tensor, packing: Packing) -> tuple[str, ...]:
+    """Names of the texts in a model's inputs."""
+    flat = packed(ids.cpu()[..., None], packing.layout, packing.lengths)[:, 0]
+    return tuple(text_name(part.tolist()) for part in flat.split(packing.lengths))
 
 
 def places_inside(places: Tensor, packing: Packing) -> Tensor:

@@ -257,7 +257,8 @@ class GuardContext:
     """What a guard may know of the tensor that it protects.
 
     crossing: hidden states (tokens, d_model), a gradient of outputs (n, outputs or d_model), or an update of a round.
-    lengths: tokens of each row for hidden states, else empty. scope: names the run, evaluation or session unlike any other.
+    lengths: for hidden states tokens of each text, for gradients its label positions. texts: a name for each of these texts, the
+    same whenever it is sent; empty where nobody says. scope: names the run, evaluation or session unlike any other.
     Randomness has to depend on scope, phase, crossing and key together: the same noise on two texts would give away their
     difference. Only what a run that was resumed sends again, with the same scope and key, is the same text.
     """
@@ -267,6 +268,7 @@ class GuardContext:
     key: Key
     lengths: tuple[int, ...] = ()
     scope: str = ""
+    texts: tuple[str, ...] = ()
 
 
 class Guard(Protocol):

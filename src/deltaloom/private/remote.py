@@ -48,10 +48,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Packing:
-    """How the rows of a micro-batch lie: their lengths, and the layout in which the front ran them."""
+    """How the rows of a micro-batch lie: their lengths, and the layout in which the front ran them; for guards their names."""
 
     lengths: tuple[int, ...]
     layout: Layout
+    texts: tuple[str, ...] = ()
 
 
 class RemoteBack(nn.Module):
@@ -113,13 +114,14 @@ class RemoteBack(nn.Module):
         key = self._key("outputs")
         guarded = self._guarded(hidden, packing, key)
         request = OutputsRequest(key, _rows(guarded, packing), _sent(places), output, keep=True)
-        return _Promised.apply(guarded, _HomeLoss(self, request, self.channel.submit(request), loss))
+        return _Promised.apply(guarded, _HomeLoss(self, request, packing, self.channel.submit(request), loss))
 
-    def returned(self, request: OutputsRequest, gradient: Tensor) -> Tensor:
+    def returned(self, request: OutputsRequest, packing: Packing, gradient: Tensor) -> Tensor:
         """The gradient at the cut for a gradient of outputs; where the owner forgot the forward pass, it is sent again."""
-        context = GuardContext("gradient", "training", request.key, scope=self._run)
-        for guard in self.guards:
-            gradient = guard.outgoing(gradient, context)
+        if self.guards:
+            context = GuardContext("gradient", "training", request.key, _places_of(request), self._run, packing.texts)
+            for guard in self.guards:
+                gradient = guard.outgoing(gradient, context)
         gradient = _sent(gradient)
         try:
             reply = expect(self.channel.submit(GradientRequest(request.key, gradient)), GradientReply)
@@ -129,7 +131,8 @@ class RemoteBack(nn.Module):
 
     def _guarded(self, hidden: Tensor, packing: Packing, key: Key, phase: Phase | None = None) -> Tensor:
         phase = phase or ("training" if torch.is_grad_enabled() else "evaluation")
-        context = GuardContext("hidden", phase, key, packing.lengths, self._run if phase == "training" else self._passing)
+        context = GuardContext("hidden", phase, key, packing.lengths, self._run if phase == "training" else self._passing,
+                               packing.texts)
         for guard in self.guards:
             hidden = guard.outgoing(hidden, context)
         return hidden
@@ -171,6 +174,13 @@ def _rows(hidden: Tensor, packing: Packing) -> Rows:
     return Rows(_sent(hidden), packing.lengths, (0,) * len(packing.lengths), packing.layout)
 
 
+def _places_of(request: OutputsRequest) -> tuple[int, ...]:
+    """How many of the places lie in each row."""
+    ends = torch.tensor(request.rows.lengths).cumsum(0)
+    rows = torch.bucketize(request.places, ends, right=True)
+    return tuple(torch.bincount(rows, minlength=len(ends)).tolist())
+
+
 def _sent(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
@@ -179,14 +189,14 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, remote: RemoteBack, key: Key, packing: Packing, places: Tensor,
                 output: Output) -> Tensor:
-        ctx.remote = remote
+        ctx.remote, ctx.packing = remote, packing
         ctx.request = OutputsRequest(key, _rows(hidden, packing), _sent(places), output, keep=True)
         return expect(remote.channel.submit(ctx.request), OutputsReply).outputs.to(hidden.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = ctx.remote.returned(ctx.request, grads[0])
+        gradient = ctx.remote.returned(ctx.request, ctx.packing, grads[0])
         return gradient.to(grads[0].device), None, None, None, None, None
 
 
@@ -209,9 +219,9 @@ class _OwnersLoss(Exchange):
 
 
 class _HomeLoss(Exchange):
-    def __init__(self, remote: RemoteBack, request: OutputsRequest, future: Future[Reply],
+    def __init__(self, remote: RemoteBack, request: OutputsRequest, packing: Packing, future: Future[Reply],
                  loss: Callable[[Tensor], Tensor]) -> None:
-        self.remote, self.request, self.future, self.loss = remote, request, future, loss
+        self.remote, self.request, self.packing, self.future, self.loss = remote, request, packing, future, loss
 
     def finish(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -220,7 +230,7 @@ class _HomeLoss(Exchange):
             loss.backward(scale.to(loss.dtype))  # also into a head that trains here
         if outputs.grad is None:
             raise RefusedError("the loss does not depend on the outputs of the back")
-        return loss.detach(), self.remote.returned(self.request, outputs.grad)
+        return loss.detach(), self.remote.returned(self.request, self.packing, outputs.grad)
 
 
 class _Promised(torch.autograd.Function):

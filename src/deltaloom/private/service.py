@@ -221,6 +221,7 @@ class Service:
             earlier = self._streams.get(place)
             self._streams[place] = stream
             self.metrics.opened(party, purpose)
+            self.desk.leftovers.came(party, place[2])
         if earlier is not None:
             earlier.end(Refusal("superseded", "A newer stream of the same run took this one's place."))
         log("stream opened", party=party, purpose=purpose, run=place[2])
@@ -230,6 +231,7 @@ class Service:
             if self._streams.get(place) is stream:
                 del self._streams[place]
             self.metrics.opened(place[0], place[1], -1)
+            self.desk.leftovers.went(place[0], place[2])
         log("stream closed", party=place[0], purpose=place[1], run=place[2])
 
     def _note_refusal(self, error: DeltaloomError, where: str) -> Refusal:

@@ -22,6 +22,8 @@ class PrivateSettings(Settings):
     codec: str = Field("bf16", description="how tensors travel: fp32, bf16 or int8")
     guards: tuple[dict[str, Any], ...] = Field((), description="[{guard: NAME, ...}], in order; what protects the first result")
     update_guard: str | None = Field(None, description="what hides single updates in joint rounds; as the owner's rounds have it")
+    dp_delta: float = Field(1e-6, gt=0, lt=1, description="the probability with which a stated epsilon may fail: far below one "
+                            "over the number of tokens; what guards are worth is stated at it")
     window: int = Field(4, ge=1, le=256, description="micro-batches under way at once; the owner may allow fewer")
     patience: float = Field(600.0, gt=0, description="seconds without the owner after which the command gives up")
     personal: tuple[dict[str, Any], ...] = Field((), description="methods of the personal delta; default: those of `deltas`")

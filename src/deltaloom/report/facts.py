@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaloom.errors import UsageError
+from deltaloom.report.privacy import privacy_of
 from deltaloom.report.ranks import depth_rows, rank_histories
 from deltaloom.report.reading import (
     TEXT_LIMIT,
@@ -89,12 +90,14 @@ def read_run(folder: Path) -> RunFacts:
         settings=_settings(run, missing),
         environment=tuple(islice(flattened(environment), _MOST["settings"])),
         missing=tuple(missing),
+        privacy=privacy_of(kinds["Privacy"][-1] if kinds["Privacy"] else as_mapping(result.get("privacy"))),
     )
 
 
 def _by_kind(records: list[dict[str, Any]], missing: list[str]) -> dict[str, list[dict[str, Any]]]:
     kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (
-        "DataRead", "Attached", "Sampled", "Started", "Step", "Evaluated", "Saved", "Warned", "RankChanged", "Acted", "Finished")}
+        "DataRead", "Attached", "Sampled", "Started", "Step", "Evaluated", "Saved", "Warned", "RankChanged", "Acted", "Privacy",
+        "Finished")}
     unknown: Counter[str] = Counter()
     for record in records:
         kind = as_text(record["event"], 100)

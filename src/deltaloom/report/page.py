@@ -19,6 +19,7 @@ from deltaloom.report import text
 from deltaloom.report.charts import SERIES, Bar, Change, Chart, Series, bar_chart, before_after, line_chart
 from deltaloom.report.compare import compare, run_names
 from deltaloom.report.facts import read_run
+from deltaloom.report.privacy import COLUMNS
 from deltaloom.report.rankview import RankView, rank_views
 from deltaloom.report.tables import Points, RunFacts
 
@@ -74,7 +75,7 @@ def render(runs: Sequence[RunFacts], names: Sequence[str]) -> str:
     views = [_view(run, name, f"run{index}-" if several else "")
              for index, (run, name) in enumerate(zip(runs, names, strict=True))]
     return environment.from_string(template).render(
-        policy=content_policy(style), style=Markup(style), version=__version__, runs=views,
+        policy=content_policy(style), style=Markup(style), version=__version__, runs=views, privacy_columns=COLUMNS,
         title=" · ".join(names) if len(names) < 4 else f"{len(names)} runs",
         comparison=compare(runs, names) if several else None, overlaid=_overlaid(runs, names) if several else [])
 
@@ -94,8 +95,8 @@ def _view(run: RunFacts, name: str, prefix: str) -> RunView:
         facts=run, name=name, prefix=prefix, steps=f"{loss[-1][0]:,.0f} steps; " if loss else "", charts=charts,
         changes=_changes(run), classes=_classes(run), labels=_labels(run), ranks=rank_views(run.ranks), has_data=has_data,
         sections=[("Results", bool(run.metrics)), ("Curves", bool(charts)), ("Samples", bool(run.samples)),
-                  ("Warnings", bool(run.warnings)), ("Sites", bool(run.sites)), ("Ranks", bool(run.ranks)),
-                  ("Depth", bool(run.depth)), ("Data", has_data), ("Timeline", bool(run.timeline)),
+                  ("Privacy", run.privacy is not None), ("Warnings", bool(run.warnings)), ("Sites", bool(run.sites)),
+                  ("Ranks", bool(run.ranks)), ("Depth", bool(run.depth)), ("Data", has_data), ("Timeline", bool(run.timeline)),
                   ("Settings", bool(run.settings)), ("Environment", bool(run.environment))])
 
 

@@ -26,6 +26,8 @@ MEANING = {
 }
 PARTY = ("party", "rows", "rounds", "samples", "up", "down")
 LEAKAGE = ("guards", "attack", "knows the front", "tokens", "top 5", "whole texts", "secrets", "majority")
+LABELS = ("guards", "attack", "knows", "labels", "recovered", "commonest label", "two classes: AUC")
+MEMBERS = ("attack", "update", "members / others", "AUC", "a coin", "a coin's upper end", "AUC of planted secrets")
 Found = Mapping[str, Any]
 
 
@@ -51,8 +53,24 @@ def demo_text(found: Found) -> str:
 def leakage_text(found: Found) -> str:
     """The table of what attacks recover, and what it means."""
     table = text.table_text(LEAKAGE, leakage_rows(found), "What the owner could recover of the text")
-    return "\n".join([table, *(f"{one['case']}: {'protective' if one['protective'] else 'NOT protective'}; {one['reason']}"
-                               for one in found["verdicts"])])
+    lines = [table, *(f"{one['case']}: {'protective' if one['protective'] else 'NOT protective'}; {one['reason']}"
+                      for one in found["verdicts"])]
+    lines += [text.table_text(section.columns, section.rows, section.heading) for section in rehearsed_sections(found)]
+    if found.get("not_rehearsed"):
+        lines.append(f"Not measured: {found['not_rehearsed']}")
+    return "\n".join(lines)
+
+
+def rehearsed_sections(found: Found) -> list[Section]:
+    """The tables of label inference and membership, where they were measured."""
+    labels = [(one["case"], one["attack"], one["knows"], text.count(one["labels"]), text.share(one["recovered"]),
+               text.share(one["majority"]), text.measured(one["auc"])) for one in found.get("labels", ())]
+    members = [(one["attack"], one["update"], f"{one['members']} / {one['others']}", text.measured(one["auc"]),
+                text.measured(one["chance"]), text.measured(one["coin"]), text.measured(one["canaries"]))
+               for one in found.get("membership", ())]
+    both = [Section("Labels that stay home, inferred from gradients", LABELS, labels),
+            Section("Whose rows were trained on, inferred from a round's update", MEMBERS, members)]
+    return [section for section in both if section.rows]
 
 
 def leakage_rows(found: Found) -> list[tuple[str, ...]]:
@@ -81,7 +99,7 @@ def demo_page(found: Found) -> str:
     charts = [Markup(bar_chart(f"{metric} on held-out rows", [Bar(name, scores[metric]) for name, scores in
                                                               found["bars"].items()])) for metric in drawn]
     sections = [Section("What private tuning is worth", ("bar", *metrics, "what it is"), rows, charts),
-                Section("Parties", PARTY, party_rows(found))]
+                Section("Parties", PARTY, party_rows(found)), *rehearsed_sections(found["leakage"])]
     lead = (f"{found['model']}, cut after {found['cut']} of {found['blocks']} blocks; one owner and {len(found['parties'])} "
             f"parties as processes on one machine, over mutual TLS. Took {text.duration(found['seconds'])}.")
     return _page("Private tuning", lead, sections, found["leakage"])
@@ -89,7 +107,10 @@ def demo_page(found: Found) -> str:
 
 def leakage_page(name: str, found: Found) -> str:
     """The page of a party's leakage alone."""
-    return _page(f"Leakage of {name}", f"{found['rows']} texts attacked with {found['public']} public texts.", [], found)
+    lead = f"{found['rows']} texts attacked with {found['public']} public texts."
+    if found.get("not_rehearsed"):
+        lead += f" Not measured: {found['not_rehearsed']}."
+    return _page(f"Leakage of {name}", lead, rehearsed_sections(found), found)
 
 
 def _page(title: str, lead: str, sections: Sequence[Section], leakage: Found) -> str:

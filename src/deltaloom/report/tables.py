@@ -163,6 +163,16 @@ class DepthRow:
 
 
 @dataclass(frozen=True)
+class Privacy:
+    """What a party's guards promised: lines of the account as text, the delta of their epsilons, and what is not promised."""
+
+    promised: bool
+    delta: float | None
+    rows: tuple[tuple[str, ...], ...]
+    unpromised: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Setting:
     """One resolved setting; `origin` is file, flag or default, or empty if the run file does not say."""
 
@@ -220,6 +230,7 @@ class RunFacts:
     settings: tuple[Setting, ...]
     environment: tuple[tuple[str, str], ...]
     missing: tuple[str, ...]
+    privacy: Privacy | None = None
 
     def setting(self, key: str) -> str:
         """The value of one setting as text, or nothing."""

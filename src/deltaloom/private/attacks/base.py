@@ -130,12 +130,14 @@ class Gradients:
 
     outputs: (n, d), the outputs that it computed itself. head: (classes, d) if the last layer is the owner's, None if it is
     a new one that stays at the party. known: for each class the place of one sample whose label the attacker happens to know.
+    logits: the outputs are logits (n, classes): the head is the owner's, and came before them.
     """
 
     gradients: Tensor
     outputs: Tensor
     head: Tensor | None = None
     known: Mapping[int, int] | None = None
+    logits: bool = False
 
 
 class LabelAttack(Attack):
