@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltaloom.deltas.adalora import AdaLoRA
+from deltaloom.deltas.base import Method
 from deltaloom.deltas.lora import LoRA
 from deltaloom.deltas.tsvd import TSVD
 from deltaloom.deltas.tucker1 import Tucker1
 from deltaloom.errors import DeltaloomError
-from deltaloom.evaluate.base import Task
 from deltaloom.events import Acted, Evaluated, RankChanged, Step
 from deltaloom.train.checkpoints import latest_checkpoint
 from deltaloom.train.processes import processes
@@ -36,21 +36,22 @@ from deltaloom.train.sharding import shard_base
 from deltaloom.train.strategy import Strategy, strategy_from
 from deltaloom.train.team import Team
 from deltaloom.tuned import Tuned, attach
+from tests.contract.cases import all_cases
 from tests.toys import toy
 from tests.train.pieces import LanguageTask, Log, ToyMethod, feed, held_out_loss, rows, run, small, state_of
 
 Found = tuple[dict[str, Tensor], dict[str, Any]]
-# 25 rows in steps of 4, cut into micro-batches of 40 tokens: the last step of an epoch has one row, and process 1 none of it
+# 25 rows in steps of 4, cut into micro-batches of 20 tokens: the last step of an epoch has one row, and process 1 none of it
 PLAIN = TrainSettings(epochs=2, batch_size=4, learning_rate=1e-2, eval_every=5, save_every=3, keep_checkpoints=99)
 DECIDING = TrainSettings(max_steps=10, batch_size=5, learning_rate=3e-2, optimizer="sgd", schedule="cosine", save_every=4,
                          keep_checkpoints=99)
-ADAPTIVE = {"adalora": AdaLoRA(rank=1, reserve=3, start=0.2, end=0.4, every=2), "tsvd": TSVD(rank=1, reserve=3, start=0.2, end=0.4, every=2),
-            "tsvd-data": TSVD(rank=1, reserve=3, start=0.2, end=0.4, every=2, transform="data"),
-            "tucker1": Tucker1(rank=1, reserve=3, start=0.2, end=0.4, every=2, basis="gradient")}
+RANKS: dict[str, Any] = {"rank": 1, "reserve": 3, "start": 0.2, "end": 0.4, "every": 2}
+ADAPTIVE = {"adalora": AdaLoRA(**RANKS), "tsvd": TSVD(**RANKS), "tsvd-data": TSVD(**RANKS, transform="data"),
+            "tucker1": Tucker1(**RANKS, basis="gradient")}
 
 
 def source(settings: TrainSettings, **options: Any) -> Any:
-    return feed(settings, rows(25), micro_tokens=40, **options)
+    return feed(settings, rows(25), micro_tokens=20, **options)
 
 
 def exact(methods: list[Any]) -> Tuned:
@@ -119,8 +120,7 @@ def dropout(team: Team, folder: Path) -> Found:
         tuned = attach(small(0.2), [LoRA(rank=2, dropout=0.2)], seed=3)
         place = folder / f"dropout-{team.size}"
         checkpoint = latest_checkpoint(place, Log().emit) if resume and team.first else None
-        until = settings if resume else settings.model_copy(update={"max_time": None})
-        run(tuned, until, Log(), feed=source(settings), team=team, folder=place, resume=checkpoint)
+        run(tuned, settings, Log(), feed=source(settings), team=team, folder=place, resume=checkpoint)
         states.append(state_of(tuned))
         if team.first and not resume:
             for step in (4, 6):  # what was not there when the run was killed after its second step
@@ -165,7 +165,8 @@ def stopping(team: Team, folder: Path) -> Found:
     """Early stop and time limits, where the processes measure different values and times."""
     values = iter([0.5, 0.6, 0.7, 0.8, 0.9, 1.0] if team.first else [0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
     settings = TrainSettings(max_steps=6, batch_size=4, eval_every=1, early_stop=EarlyStop(patience=2))
-    early = run(exact([LoRA(rank=2)]), settings, Log(), feed=source(settings), evaluate=lambda tuned: {"loss": next(values)}, team=team)
+    early = run(exact([LoRA(rank=2)]), settings, Log(), feed=source(settings), team=team,
+                evaluate=lambda tuned: {"loss": next(values)})
     slow = TrainSettings(max_steps=50, max_time=0.3, batch_size=4)
     late = run(exact([LoRA(rank=2)]), slow, Log(), feed=source(slow), team=team,
                before_step=lambda step: time.sleep(0.1 if team.first else 0.01))
@@ -212,7 +213,8 @@ def by_ddp(team: Team, folder: Path) -> Found:
 
 def exchanging(team: Team, folder: Path) -> Found:
     """What a team sends besides gradients."""
-    first = {"tensor": torch.arange(6).view(2, 3), "mask": torch.tensor([True, False]), "numbers": [0.1, float("inf"), None], "text": "ä"}
+    first = {"tensor": torch.arange(6).view(2, 3), "mask": torch.tensor([True, False]), "numbers": [0.1, float("inf"), None],
+             "text": "ä"}
     told = team.once(lambda: first)
     nothing = team.once(lambda: None)
     texts = team.texts("ä" * team.number)
@@ -243,11 +245,11 @@ class Forwards(LanguageTask):
         return super().loss(tuned, batch)
 
 
-def sharded(method: Any, layout: str = "llama", **train: Any) -> Callable[[Team, Path], Found]:
+def sharded(methods: Callable[[], list[Method]], layout: str = "llama", **train: Any) -> Callable[[Team, Path], Found]:
     """The base spread over the processes; alone it is whole."""
     def work(team: Team, folder: Path) -> Found:
-        settings = PLAIN.model_copy(update={"optimizer": "sgd", "learning_rate": 0.05, **train})
-        tuned, log, task = attach(toy(layout), [method], seed=3), Log(), Forwards()
+        settings = PLAIN.model_copy(update={"epochs": 1, "optimizer": "sgd", "learning_rate": 0.05, **train})
+        tuned, log, task = attach(toy(layout), methods(), seed=3), Log(), Forwards()
         whole = sum(parameter.numel() for parameter in tuned.parameters())
         if team.size > 1:
             shard_base(tuned, team)
@@ -256,7 +258,11 @@ def sharded(method: Any, layout: str = "llama", **train: Any) -> Callable[[Team,
         def evaluate(model: Tuned) -> dict[str, float]:
             held = feed(settings, rows(9, seed=9), micro_tokens=20)
             batches = [micro for step in held.steps(0) for micro in step]
-            parts = team.spread(batches, lambda micro: [float(x) for x in LanguageTask().loss(model, held.batch(micro, model.device))])
+
+            def work(micro: list[int]) -> list[float]:
+                return [float(number) for number in LanguageTask().loss(model, held.batch(micro, model.device))]
+
+            parts = team.spread(batches, work)
             return {"loss": sum(loss for loss, _ in parts) / sum(count for _, count in parts)}
 
         try:
@@ -275,8 +281,12 @@ def _local(parameter: Tensor) -> Tensor:
 WORK: dict[str, Callable[[Team, Path], Found]] = {
     "plain": plain, **{name: deciding(name) for name in ADAPTIVE}, "half": half, "resumed": resumed(1), "dropout": dropout,
     **{how: failing(how) for how in ("nan", "memory", "odd")}, "stopping": stopping, "strategic": strategic, "ddp": by_ddp,
-    "exchanging": exchanging, "sharded": sharded(LoRA(rank=2)),
-    "sharded-checkpointing": sharded(LoRA(rank=2), gradient_checkpointing=True)}
+    "exchanging": exchanging, "sharded": sharded(lambda: [LoRA(rank=2)])}
+# longer work, of the tier `slow`
+MORE: dict[str, Callable[[Team, Path], Found]] = {
+    "sharded-checkpointing": sharded(lambda: [LoRA(rank=2)], gradient_checkpointing=True),
+    **{f"sharded-{case.id}": sharded(lambda case=case: [case.method()], case.layout, max_steps=3, epochs=None)
+       for case in all_cases(("llama", "gpt2"))}}
 
 
 def free_port() -> int:
@@ -324,14 +334,30 @@ def work_in_a_team(folder: Path, names: list[str]) -> None:
     with processes() as team:
         for name in names:
             began = time.perf_counter()
-            tensors, facts = WORK[name](team, folder)
-            save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, folder / f"{name}-{team.number}.safetensors")
+            tensors, facts = (WORK | MORE)[name](team, folder)
+            whole = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+            save_file(whole, folder / f"{name}-{team.number}.safetensors")
             (folder / f"{name}-{team.number}.json").write_text(json.dumps(facts))
             if team.first:
                 print(f"{name} {time.perf_counter() - began:.2f}", flush=True)
 
 
+def gone(folder: Path) -> None:
+    """Process 1 is killed in the middle of a step."""
+    with processes() as team:
+        def end(step: int) -> None:
+            if step == 2 and not team.first:
+                os.kill(os.getpid(), 9)
+
+        try:
+            run(exact([LoRA(rank=2)]), PLAIN, Log(), feed=source(PLAIN), team=team, evaluate=held_out_loss, before_step=end)
+        except DeltaloomError as error:
+            (folder / "gone.json").write_text(json.dumps([type(error).__name__, str(error)]))
+
+
 if __name__ == "__main__":
     place, wanted = Path(sys.argv[1]), sys.argv[2:] or list(WORK)
-    codes = in_processes(2, lambda: work_in_a_team(place, wanted), 200)
+    codes = in_processes(2, lambda: work_in_a_team(place, wanted), 250)
+    if not sys.argv[2:]:
+        codes += in_processes(2, lambda: gone(place), 60)[:1]
     sys.exit(max(abs(code) for code in codes))

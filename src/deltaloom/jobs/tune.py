@@ -79,14 +79,16 @@ def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bo
     check_shard(parts.train, team)
     folder = Path(run.file.output or f"runs/{run.name}")
     team.once(lambda: check_folder(folder, resume=resume, overwrite=overwrite))
-    prepared = team.together(lambda: _ready(run, parts, folder, make_ready or partial(prepare, device=team.device.type), resume, say))
+    make_ready = make_ready or partial(prepare, device=team.device.type)
+    prepared = team.together(lambda: _ready(run, parts, folder, make_ready, resume, say))
     with ExitStack() as stack:
         engine = team.together(lambda: through(prepared))
         stack.callback(engine.close)
         prepared = engine.prepared
         planned = planned_steps(parts.train, feed_of(prepared))
         if planned is not None:
-            engine.check(StepPlan(planned))  # raises where the run is too short for them, before anything is removed
+            plan = StepPlan(planned)
+            team.together(lambda: engine.check(plan))  # raises where the run is too short for them, before anything is removed
         early: list[Any] = []
         resumed = resume and engine.resume(folder, _identity(prepared), Emitter([early.append]))
         if not resumed:

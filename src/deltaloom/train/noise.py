@@ -45,7 +45,7 @@ class NoiseMeter:
         return found
 
     def after_step(self, parts: tuple[Tensor | float, int], gradients: Sequence[Tensor], count: Tensor | float) -> None:
-        """Take in a step from its `parts`, its summed gradients, and its tokens or rows; one of a single micro-batch says nothing."""
+        """Take in a step from its `parts`, its summed gradients, and its tokens or rows; a single micro-batch says nothing."""
         small, number = parts
         if number < 2 or not gradients:
             return

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -44,13 +45,18 @@ def processes() -> Iterator[Team]:
     out between the processes of one machine.
 
     Raises:
-        SettingsError: the variables are not numbers. ElsewhereError: the others cannot be reached.
+        SettingsError: the variables are not numbers, or not all there. ElsewhereError: the others cannot be reached.
         RefusedError: this build of PyTorch has no distributed package.
     """
-    size, number, local, beside = (_number(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    size, local, beside = (_number(name) for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if size < 2:
         yield SINGLE
         return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and not (dist.is_available() and dist.is_initialized()):
+        raise SettingsError("WORLD_SIZE says that this is one of several processes, and other variables are missing",
+                            got=f"WORLD_SIZE={size}", problems=[f"missing: {name}" for name in missing],
+                            hint="Start the run with torchrun, or unset WORLD_SIZE.")
     if not dist.is_available():
         raise RefusedError("this build of PyTorch cannot connect processes", hint="Run in one process.")
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -61,7 +67,7 @@ def processes() -> Iterator[Team]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(beside, 1)))
+        _share_cores(beside or size)
     try:
         with _reaching():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
@@ -70,6 +76,13 @@ def processes() -> Iterator[Team]:
         if dist.is_initialized():
             dist.destroy_process_group()
         torch.set_num_threads(threads)
+
+
+def _share_cores(processes: int) -> None:
+    """Threads for each of so many processes; who asks for more than torchrun's one in OMP_NUM_THREADS gets what he asks for."""
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // processes))
 
 
 def _number(name: str) -> int:
