@@ -115,20 +115,33 @@ def resumed(before: int) -> Callable[[Team, Path], Found]:
 def dropout(team: Team, folder: Path) -> Found:
     """With dropout a run is one of its number of processes, bit for bit, resumed or not; the draws differ between them."""
     settings = TrainSettings(max_steps=6, batch_size=4, learning_rate=1e-2, save_every=2, keep_checkpoints=99)
-    states = []
+    states: list[dict[str, Tensor]] = []
+    seeds: list[list[int]] = []
     for resume in (False, True):
         tuned = attach(small(0.2), [LoRA(rank=2, dropout=0.2)], seed=3)
         place = folder / f"dropout-{team.size}"
         checkpoint = latest_checkpoint(place, Log().emit) if resume and team.first else None
-        run(tuned, settings, Log(), feed=source(settings), team=team, folder=place, resume=checkpoint)
+        task = Seeded()
+        run(tuned, settings, Log(), feed=source(settings), team=team, folder=place, resume=checkpoint, task=task)
+        seeds.append(sorted(task.seeds))
         states.append(state_of(tuned))
         if team.first and not resume:
             for step in (4, 6):  # what was not there when the run was killed after its second step
                 (place / f"step-{step}").rename(folder / f"gone-{team.size}-{step}")
         team.texts("")  # so that none looks for a checkpoint before these are gone
-    draws = torch.rand(3)
-    return {f"{number}/{name}": tensor for number, state in enumerate(states) for name, tensor in state.items()} | {
-        "draws": draws}, {}
+    tensors = {f"{number}/{name}": tensor for number, state in enumerate(states) for name, tensor in state.items()}
+    return tensors, {"seeds": seeds}
+
+
+class Seeded(LanguageTask):
+    """Notes what the masks of each step are drawn from."""
+
+    def __init__(self) -> None:
+        self.seeds: set[int] = set()
+
+    def loss(self, tuned: Tuned, batch: Any) -> tuple[Tensor, Tensor]:
+        self.seeds.add(torch.initial_seed())
+        return super().loss(tuned, batch)
 
 
 class Failing(LanguageTask):

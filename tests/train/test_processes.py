@@ -166,7 +166,7 @@ def test_what_stops_one_process_stops_both(folder):
     found = [json.loads((folder / f"stopping-{number}.json").read_text()) for number in range(2)]
     assert found[0] == found[1]
     assert found[0]["early"] == ["early_stop", 3]      # by the first one's values, which get worse
-    assert found[0]["late"][0] == "max_time" and 2 <= found[0]["late"][1] <= 4  # by its times
+    assert found[0]["late"][0] == "max_time" and found[0]["late"][1] <= 4  # by its times, of 0.1 seconds a step at least
     assert found[0]["planned"] >= 1
 
 
@@ -192,11 +192,13 @@ def test_one_process_goes_on_as_a_pair(both, folder):
 
 def test_with_dropout_a_resumed_pair_ends_bit_for_bit_the_same(folder):
     found = [load_file(folder / f"dropout-{number}.safetensors") for number in range(2)]
-    draws = [state.pop("draws") for state in found]
     assert_same(*found)
     whole, again = ({name[2:]: tensor for name, tensor in found[0].items() if name.startswith(which)} for which in ("0/", "1/"))
     assert_same(whole, again)
-    assert not torch.equal(*draws), "both processes draw the same masks for their different rows"
+    (first, first_again), (other, other_again) = (json.loads((folder / f"dropout-{number}.json").read_text())["seeds"]
+                                                  for number in range(2))
+    assert set(first_again) < set(first) and set(other_again) < set(other)  # the last four steps of six
+    assert len(first) == 6 and not set(first) & set(other), "both processes draw the same masks for their different rows"
 
 
 # ---- failures ---------------------------------------------------------------------------------------------------------
