@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cuda.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cuda_step.py"
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks transformers by its old name
 def test_all_sides_take_the_same_steps():
-    spec = importlib.util.spec_from_file_location("cuda_benchmark", SCRIPT)
+    spec = importlib.util.spec_from_file_location("cuda_step", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     words = ("--layers 1 --width 16 --ffn 24 --heads 2 --kv-heads 1 --vocab 64 --rank 2 --rows 2 --tokens 12 --steps 1 --warm 1 "

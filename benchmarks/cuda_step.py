@@ -1,15 +1,18 @@
 """One training step of LoRA on a Llama-shaped model with random weights: ours, PEFT, and a plain torch loop.
 
-    python benchmarks/cuda.py [--layers 16 --width 2048 --ffn 8192 --heads 32 --kv-heads 8 --vocab 128256] [--output FILE.json]
+    python benchmarks/cuda_step.py [--layers 16 --width 2048 --ffn 8192 --heads 32 --kv-heads 8 --vocab 128256] [--output FILE.json]
 
 The shape is Llama-3.2-1B's if nothing else is said. All sides have the same frozen weights, rows, rank, sites, dtype and AdamW;
 they take turns (A B C A B C), each with a model of its own that is gone before the next. Steps are timed together, between two
 points where the device has finished. `peak` is the best rate of a square matrix product in the same dtype, measured in the same
 run; `share_of_peak` is the floor of operations of a step (4 per frozen weight and token, the head at learned positions only)
-over its time over that rate, so that work beyond the floor does not count as speed. `memory` is the peak beyond the loaded model.
+over its time over that rate, so that work beyond the floor does not count as speed. `memory_bytes` is the peak beyond the loaded
+model; on a CPU of resident memory, which a side may find freed already by the one before.
 
 It runs wherever torch does: on a GPU if there is one, else on the CPU, where `--layers 2 --width 64` and the like are quick. The
 sides' first losses are equal but for rounding; the last ones say whether they learned alike.
+
+(Not called cuda.py: torch imports NVIDIA's package `cuda`, and a script's own folder comes first.)
 """
 
 from __future__ import annotations
@@ -213,7 +216,7 @@ def main(given: argparse.Namespace) -> dict[str, Any]:
                                 "share_of_peak": floor / middle["seconds"] / peak}
     device = torch.cuda.get_device_name() if torch.device(given.device).type == "cuda" else platform.processor() or "cpu"
     shape = {key: value for key, value in vars(given).items() if key not in ("output", "sides")}
-    return {"benchmark": "cuda", "device": device, "torch": torch.__version__, "shape": shape, "peak_flops": peak,
+    return {"benchmark": "cuda_step", "device": device, "torch": torch.__version__, "shape": shape, "peak_flops": peak,
             "tokens_per_step": tokens, "sides": found}
 
 
