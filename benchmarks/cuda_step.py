@@ -1,6 +1,6 @@
 """One training step of LoRA on a Llama-shaped model with random weights: ours, PEFT, and a plain torch loop.
 
-    python benchmarks/cuda_step.py [--layers 16 --width 2048 --ffn 8192 --heads 32 --kv-heads 8 --vocab 128256] [--output FILE.json]
+    python benchmarks/cuda_step.py [--layers 16 --width 2048 --ffn 8192 --heads 32 --kv-heads 8 --vocab 128256] [--output FILE]
 
 The shape is Llama-3.2-1B's if nothing else is said. All sides have the same frozen weights, rows, rank, sites, dtype and AdamW;
 they take turns (A B C A B C), each with a model of its own that is gone before the next. Steps are timed together, between two
