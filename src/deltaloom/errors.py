@@ -13,6 +13,7 @@ class DeltaloomError(Exception):
     """Base of all errors that a user can act upon; `problems` holds the single findings, if there were several."""
 
     exit_code = 1
+    known_to_all = False  # of a run in several processes: every one of them raises it, so that the first speaks for all
 
     def __init__(self, what: str, *, got: object = None, legal: object = None, hint: str | None = None,
                  problems: Iterable[str] = ()) -> None:
@@ -65,6 +66,10 @@ class ResourceError(DeltaloomError):
 
 class NonFiniteError(DeltaloomError):
     """The loss or a gradient became NaN or infinite."""
+
+
+class ElsewhereError(DeltaloomError):
+    """Another process of a run in several processes failed, or is gone."""
 
 
 class Interrupted(DeltaloomError):

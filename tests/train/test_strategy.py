@@ -212,7 +212,7 @@ def test_the_noise_scale_is_that_of_known_gradients():
         for _ in range(4):
             parameter.grad += (mean + torch.randn(tokens, 50, generator=generator)).sum(0)  # tr(S) = 50, |G|^2 = 4.5
             meter.after_micro_batch([parameter], float(tokens))
-        meter.after_step()
+        meter.after_step(meter.parts(), [parameter.grad], 4.0 * tokens)
     noise, batch = meter.read()
     assert noise == pytest.approx(50 / 4.5, rel=0.05) and batch == 32
     other = NoiseMeter()

@@ -20,10 +20,15 @@ def tune(
 ) -> None:
     """Train a delta on the data of a run file, evaluate it, save it and write the report.
 
-    Example: `deltaloom tune run.yaml -s train.learning_rate=5e-4`
+    Example: `deltaloom tune run.yaml -s train.learning_rate=5e-4`. In several processes:
+    `torchrun --nproc-per-node 2 -m deltaloom tune run.yaml`
     """
     from deltaloom.jobs.runfile import read_run_file
     from deltaloom.jobs.tune import tune as job
+    from deltaloom.train.processes import processes
 
-    result = job(read_run_file(run_file, overrides), resume=resume, overwrite=overwrite, say=say)
-    give(result, as_json)
+    with processes() as team:  # opened here, so that the first process speaks for all of a wrong run file too
+        run = team.together(lambda: read_run_file(run_file, overrides))
+        result = job(run, resume=resume, overwrite=overwrite, say=say)
+        if team.first:
+            give(result, as_json)

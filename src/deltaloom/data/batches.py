@@ -108,6 +108,17 @@ def micro_batches(indices: Sequence[int], lengths: Sequence[int], micro_tokens: 
     return parts
 
 
+def dealt(indices: Sequence[int], lengths: Sequence[int], number: int, size: int) -> list[int]:
+    """The examples that process `number` of `size` takes of an optimizer step: by length, there and back, so that all have alike.
+
+    Process 0 has the longest one: it has examples if any process has.
+    """
+    ordered = sorted(indices, key=lambda index: -lengths[index])
+    turns = range(0, len(ordered), size)
+    places = (start + (number if turn % 2 == 0 else size - 1 - number) for turn, start in enumerate(turns))
+    return [ordered[place] for place in places if place < len(ordered)]
+
+
 def _cut(part: list[int], lengths: Sequence[int]) -> list[list[int]]:
     """The part, cut where the sum of padding becomes least, as long as it wastes much and the halves stay large enough."""
     real = sum(lengths[index] for index in part)

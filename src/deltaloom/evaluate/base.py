@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +27,7 @@ SUPPORT = ("base", "metrics")  # files of the folder that are no tasks
 MICRO_TOKENS = 4096  # tokens of a batch with padding when only predicting
 Prediction = dict[str, Any]
 Arrays = dict[str, np.ndarray]
+Spread = Callable[[Sequence[Sequence[int]], Callable[[Sequence[int]], list[Prediction]]], list[list[Prediction]]]
 
 
 @dataclass(frozen=True)
@@ -125,23 +126,29 @@ class Task(ABC):
         """95% bootstrap intervals of the metrics over rows."""
         return bootstrap(self.measures(predictions, rows), self.figures, seed=seed) if len(rows) else {}
 
-    def predict_all(self, model: nn.Module, examples: Sequence[Example], micro_tokens: int = MICRO_TOKENS) -> list[Prediction]:
-        """Predictions for all examples in their order, in evaluation mode, in batches of similar length."""
+    def predict_all(self, model: nn.Module, examples: Sequence[Example], micro_tokens: int = MICRO_TOKENS,
+                    spread: Spread | None = None) -> list[Prediction]:
+        """Predictions for all examples in their order, in evaluation mode, in batches of similar length.
+
+        `spread(batches, work)` does the work on all batches and gives the results in order: here, or in several processes.
+        """
         import torch
 
         from deltaloom.data.batches import micro_batches
 
-        found: dict[int, Prediction] = {}
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
         try:
             with torch.no_grad():
-                for indices in micro_batches(range(len(examples)), [example.length for example in examples], micro_tokens):
-                    batch = self.collate([examples[index] for index in indices]).to(device)
-                    found.update(zip(indices, self.predict(model, batch), strict=True))
+                def work(indices: Sequence[int]) -> list[Prediction]:
+                    return self.predict(model, self.collate([examples[index] for index in indices]).to(device))
+
+                batches = micro_batches(range(len(examples)), [example.length for example in examples], micro_tokens)
+                results = spread(batches, work) if spread is not None else [work(batch) for batch in batches]
         finally:
             model.train(was_training)
+        found = {index: one for batch, part in zip(batches, results, strict=True) for index, one in zip(batch, part, strict=True)}
         return [found[index] for index in range(len(examples))]
 
     @property

@@ -26,6 +26,7 @@ from deltaloom.train.progress import Goal
 from deltaloom.train.resume import check_same
 from deltaloom.train.run import TrainResult
 from deltaloom.train.strategy import Strategy, check_room
+from deltaloom.train.team import SINGLE, Team
 from deltaloom.tuned import Tuned
 
 LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mae")
@@ -57,10 +58,13 @@ class Loop:
 
 
 class Engine(ABC):
-    """A run's model, with its deltas. `model` is what is called for scores; `before` was measured without the deltas."""
+    """A run's model, with its deltas. `model` is what is called for scores; `before` was measured without the deltas.
 
-    def __init__(self, prepared: Prepared, tuned: Tuned, model: nn.Module, before: Before) -> None:
-        self.prepared, self.tuned, self.model, self.before = prepared, tuned, model, before
+    `team` are the processes of the run, all of which call an engine alike.
+    """
+
+    def __init__(self, prepared: Prepared, tuned: Tuned, model: nn.Module, before: Before, team: Team = SINGLE) -> None:
+        self.prepared, self.tuned, self.model, self.before, self.team = prepared, tuned, model, before, team
 
     @abstractmethod
     def resume(self, folder: Path, identity: dict[str, str], emit: Emitter) -> bool:
@@ -94,7 +98,7 @@ class Engine(ABC):
 
     def scores(self) -> Scores:
         """Of the tuned model, on the held-out rows."""
-        return score(self.prepared.task, self.model, self.prepared.held, self.rows)
+        return score(self.prepared.task, self.model, self.prepared.held, self.rows, self.team.spread)
 
     def shown(self) -> list[str]:
         """What the tuned model answers to the rows that the report shows."""
@@ -109,7 +113,7 @@ class Engine(ABC):
 
 
 class Here(Engine):
-    """A whole model in this process."""
+    """A whole model, in this process or in each of a team."""
 
     checkpoint: Checkpoint | None = None
 
@@ -119,16 +123,20 @@ class Here(Engine):
         controllers = self.tuned.controllers(replace(plan, on_demand=strategy is not None and strategy.grows))
         if strategy is not None:
             check_room(strategy, controllers, self.tuned.counts()[0])
-        check_memory(trial_of(self.prepared, self.tuned))
+        if not self.prepared.parts.train.shard:  # a base that is spread over processes is not tried beforehand
+            check_memory(trial_of(self.prepared, self.tuned))
 
     def _strategy(self) -> Strategy | None:
         plan = self.prepared.parts.strategy
         return None if plan is None else Strategy(plan, Goal(*goal_of(self.prepared)), self.prepared.waiting)
 
     def resume(self, folder: Path, identity: dict[str, str], emit: Emitter) -> bool:
-        """From the newest whole checkpoint."""
-        self.checkpoint = resumable(folder, self.prepared, identity, emit)
-        return self.checkpoint is not None
+        """From the newest whole checkpoint, which the first process reads."""
+        def look() -> bool:
+            self.checkpoint = resumable(folder, self.prepared, identity, emit)
+            return self.checkpoint is not None
+
+        return self.team.once(look)
 
     def train(self, loop: Loop) -> TrainResult:
         """One run of the loop."""
@@ -136,7 +144,7 @@ class Here(Engine):
         return train(self.tuned, prepared.task, feed_of(prepared), settings=prepared.parts.train, emit=loop.emit,
                      seed=prepared.run.file.seed, evaluate=(lambda tuned: self.scores().metrics) if prepared.held else None,
                      goal=Goal(*goal_of(prepared)), strategy=self._strategy(), folder=loop.folder / "checkpoints", log=loop.log,
-                     resume=self.checkpoint, identity=loop.identity, floor_rate=loop.floor_rate)
+                     resume=self.checkpoint, identity=loop.identity, floor_rate=loop.floor_rate, team=self.team)
 
 
 def resumable(folder: Path, prepared: Prepared, identity: dict[str, str], emit: Emitter) -> Checkpoint | None:
@@ -157,13 +165,13 @@ def written(task: Task) -> Write:
     return lambda model, prompts: generate(model, task.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)  # type: ignore[arg-type]
 
 
-def measured(prepared: Prepared, model: nn.Module, write: Write | None) -> Before:
+def measured(prepared: Prepared, model: nn.Module, write: Write | None, team: Team = SINGLE) -> Before:
     """What a model without deltas does on the held-out rows.
 
     Raises:
         SettingsError: the run is judged by a metric that its task does not have.
     """
-    found = score(prepared.task, model, prepared.held, held_rows(prepared))
+    found = score(prepared.task, model, prepared.held, held_rows(prepared), team.spread)
     goal = goal_of(prepared)[0]
     if prepared.held and goal not in found.metrics:
         plan = prepared.parts.strategy

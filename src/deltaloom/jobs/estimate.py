@@ -30,12 +30,18 @@ def rough_seconds(flops: int, tokens: int, dtype: torch.dtype) -> float:
     return flops * tokens / (matmul_rate(dtype) * REACHED_SHARE)
 
 
-def matmul_rate(dtype: torch.dtype, seconds: float = 0.15) -> float:
-    """Floating-point operations per second of a plain matrix product on this machine, measured for a moment."""
-    a, b = torch.randn(1024, 512).to(dtype), torch.randn(512, 1024).to(dtype)
-    a @ b
+def matmul_rate(dtype: torch.dtype, seconds: float = 0.15, device: torch.device | None = None) -> float:
+    """Floating-point operations per second of a plain matrix product on this machine, measured for a moment.
+
+    On an accelerator (`device`) of a larger one: small products do not fill it.
+    """
+    size = 4096 if device is not None and device.type == "cuda" else 1024
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((size, size // 2), (size // 2, size)))
+    float((a @ b)[0, 0])  # reading a number waits for an accelerator
     start, rounds = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        a @ b
+        found = a @ b
+        if a.device.type != "cpu":
+            float(found[0, 0])
         rounds += 1
-    return rounds * 2 * 1024 * 512 * 1024 / (time.perf_counter() - start)
+    return rounds * size ** 3 / (time.perf_counter() - start)

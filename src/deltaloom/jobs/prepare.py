@@ -109,8 +109,10 @@ def parse_parts(run: Run) -> Parts:
     return Parts(task, data, (), train, base, located(str(entries[0]["from"]), run.base), strategy)
 
 
-def prepare(run: Run, parts: Parts, *, say: Say, record: DeltaRecord | None = None) -> Prepared:
+def prepare(run: Run, parts: Parts, *, say: Say, record: DeltaRecord | None = None, device: str = "cpu") -> Prepared:
     """Rows read, model loaded, rows encoded, facts gathered; `record` is that of a delta that training goes on from.
+
+    The model is loaded on the CPU, in the precision that suits `device`.
 
     Raises:
         RefusedError: that delta is for another task. DataError, SettingsError, CheckpointError: data, settings or model.
@@ -123,7 +125,7 @@ def prepare(run: Run, parts: Parts, *, say: Say, record: DeltaRecord | None = No
     evaluation = rows.eval.rows if rows.eval is not None else ()
     say(f"Data: {len(rows.train)} rows, {len(evaluation)} for evaluation; {rows.train.detected}")
     targets = kind.prepare(parts.data, rows.train.rows, evaluation, known)
-    precision, dtype, why = chosen_precision(parts.train.precision)
+    precision, dtype, why = chosen_precision(parts.train.precision, device)
     torch.manual_seed(run.file.seed)  # a new head takes its values from the global generator
     labels = list(targets.labels.names) if targets.labels else None
     loaded = load_model(model_source(run), task=kind.name, labels=labels, dtype=dtype, quantise=parts.base.quantise)

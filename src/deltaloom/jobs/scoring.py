@@ -11,7 +11,7 @@ from torch import nn
 
 from deltaloom.data.encode import Example
 from deltaloom.data.rows import Row
-from deltaloom.evaluate.base import Prediction, Task
+from deltaloom.evaluate.base import Prediction, Spread, Task
 
 SHOWN = 8           # rows in the report before and after
 SHOWN_WRITTEN = 3   # fewer where the model has to write them
@@ -26,11 +26,11 @@ class Scores:
     predictions: list[Prediction]
 
 
-def score(task: Task, model: nn.Module, examples: Sequence[Example], rows: Sequence[Row]) -> Scores:
-    """Predictions for all examples and their metrics; empty without rows."""
+def score(task: Task, model: nn.Module, examples: Sequence[Example], rows: Sequence[Row], spread: Spread | None = None) -> Scores:
+    """Predictions for all examples and their metrics; empty without rows. `spread` as in `Task.predict_all`."""
     if not rows:
         return Scores({}, [])
-    predictions = task.predict_all(model, examples)
+    predictions = task.predict_all(model, examples, spread=spread)
     return Scores(task.metrics(predictions, rows), predictions)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from deltaloom.jobs.engine import Engine, Here, Loop, feed_of, measured, written
 from deltaloom.jobs.estimate import flops_per_token, matmul_rate
 from deltaloom.jobs.folder import check_folder, clear_folder, folder_bytes, write_json
 from deltaloom.jobs.opening import needs_delta
-from deltaloom.jobs.prepare import DTYPES, Prepared, Say, head_methods, model_source, parse_parts, prepare
+from deltaloom.jobs.prepare import DTYPES, Parts, Prepared, Say, head_methods, model_source, parse_parts, prepare
 from deltaloom.jobs.runfile import Run, resolved_yaml
-from deltaloom.jobs.scoring import class_rows, majority
+from deltaloom.jobs.scoring import Scores, class_rows, majority
 from deltaloom.models.compact import form_of
 from deltaloom.report.card import model_card
 from deltaloom.report.facts import read_run
@@ -37,8 +38,11 @@ from deltaloom.report.text import byte_size, count, figure, table_text
 from deltaloom.sites import all_sites
 from deltaloom.train.loop import check_no_evaluation
 from deltaloom.train.memory import give_back_freed_memory
+from deltaloom.train.processes import processes
 from deltaloom.train.progress import planned_steps
 from deltaloom.train.run import TrainResult
+from deltaloom.train.sharding import check_shard, shard_base
+from deltaloom.train.team import SINGLE, Team
 from deltaloom.tuned import Tuned, attach, restore
 
 Through = Callable[[Prepared], Engine]
@@ -50,66 +54,92 @@ def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = 
          sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Train, evaluate, save; gives back what metrics.json holds.
 
-    `say` takes lines for people, `sinks` receive every event besides the run folder and the terminal.
+    `say` takes lines for people, `sinks` receive every event besides the run folder and the terminal. Under torchrun every
+    process calls this; the first one alone speaks and writes.
 
     Raises:
         DeltaloomError: of the kind that says what happened; what was complete before is still there.
     """
-    if run.file.private:
-        say("The section 'private' of the run file is for `deltaloom party`; this run trains here, with the whole model.")
-    return carry_out(run, _here, resume=resume, overwrite=overwrite, say=say, sinks=sinks)
+    with processes() as team:
+        if run.file.private and team.first:
+            say("The section 'private' of the run file is for `deltaloom party`; this run trains here, with the whole model.")
+        return carry_out(run, lambda prepared: _here(prepared, team), resume=resume, overwrite=overwrite, say=say, sinks=sinks,
+                         team=team)
 
 
 def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bool = False, say: Say = print,
-              sinks: Sequence[Sink] = (), make_ready: Prepare | None = None, show: bool = True) -> dict[str, Any]:
+              sinks: Sequence[Sink] = (), make_ready: Prepare | None = None, show: bool = True,
+              team: Team = SINGLE) -> dict[str, Any]:
     """A run from its file to its folder, with the engine that `through` makes when rows and model are ready; see `tune`.
 
-    `make_ready` is asked for rows and model instead of `prepare`; without `show` the terminal shows no steps.
+    `make_ready` is asked for rows and model instead of `prepare`; without `show` the terminal shows no steps. `team` are the
+    processes of the run, each of which calls this.
     """
-    parts = parse_parts(run)
     give_back_freed_memory()
+    say = say if team.first else _silent
+    parts = team.together(lambda: parse_parts(run))
+    check_shard(parts.train, team)
     folder = Path(run.file.output or f"runs/{run.name}")
-    check_folder(folder, resume=resume, overwrite=overwrite)
-    if parts.continued is not None and not resume and parts.continued.resolve().is_relative_to(folder.resolve()):
-        raise RefusedError("the run would replace the delta that it goes on from", got=str(folder), hint="Choose another output.")
-    record = read_record(needs_delta(parts.continued)) if parts.continued else None
-    prepared = (make_ready or prepare)(run, parts, say=say, record=record)
-    if not prepared.held:
-        check_no_evaluation(parts.train)
-        if parts.strategy is not None:
-            raise SettingsError("a strategy watches evaluations, and there is nothing to evaluate on",
-                                hint="Give data.eval or data.eval_fraction, or leave out the section strategy.")
+    team.once(lambda: check_folder(folder, resume=resume, overwrite=overwrite))
+    make_ready = make_ready or partial(prepare, device=team.device.type)
+    prepared = team.together(lambda: _ready(run, parts, folder, make_ready, resume, say))
     with ExitStack() as stack:
-        engine = through(prepared)
+        engine = team.together(lambda: through(prepared))
         stack.callback(engine.close)
         prepared = engine.prepared
         planned = planned_steps(parts.train, feed_of(prepared))
         if planned is not None:
-            engine.check(StepPlan(planned))  # raises where the run is too short for them, before anything is removed
+            plan = StepPlan(planned)
+            team.together(lambda: engine.check(plan))  # raises where the run is too short for them, before anything is removed
         early: list[Any] = []
         resumed = resume and engine.resume(folder, _identity(prepared), Emitter([early.append]))
         if not resumed:
-            clear_folder(folder)
-        progress = [stack.enter_context(TerminalProgress())] if show else []
-        log = JsonLines(folder / "events.jsonl")
-        stack.callback(log.close)
-        emit = Emitter([log, *_tensorboard(run, folder, stack), *sinks, *progress])
+            team.once(lambda: clear_folder(folder))
+        emit = Emitter()
+        if team.first:
+            progress = [stack.enter_context(TerminalProgress())] if show else []
+            log = JsonLines(folder / "events.jsonl")
+            stack.callback(log.close)
+            emit = Emitter([log, *_tensorboard(run, folder, stack), *sinks, *progress])
         for event in early:
             emit(event)
         return _run(engine, folder, emit, say, announced=resumed)
 
 
-def _here(prepared: Prepared) -> Here:
-    before = measured(prepared, prepared.loaded.model, written(prepared.task))
+def _ready(run: Run, parts: Parts, folder: Path, make_ready: Prepare, resume: bool, say: Say) -> Prepared:
+    """Rows and model, after what can be refused without them."""
+    if parts.continued is not None and not resume and parts.continued.resolve().is_relative_to(folder.resolve()):
+        raise RefusedError("the run would replace the delta that it goes on from", got=str(folder), hint="Choose another output.")
+    record = read_record(needs_delta(parts.continued)) if parts.continued else None
+    prepared = make_ready(run, parts, say=say, record=record)
+    if not prepared.held:
+        check_no_evaluation(parts.train)
+        if parts.strategy is not None:
+            raise SettingsError("a strategy watches evaluations, and there is nothing to evaluate on",
+                                hint="Give data.eval or data.eval_fraction, or leave out the section strategy.")
+    return prepared
+
+
+def _here(prepared: Prepared, team: Team) -> Here:
+    if prepared.parts.train.shard:  # before anything runs: the whole model may fit no device
+        tuned = attached(prepared)
+        shard_base(tuned, team)
+        with tuned.bare() as model:
+            before = measured(prepared, model, written(prepared.task), team)
+        return Here(prepared, tuned, tuned, before, team)
+    before = measured(prepared, prepared.loaded.model.to(team.device), written(prepared.task), team)  # type: ignore[arg-type]
     tuned = attached(prepared)
-    return Here(prepared, tuned, tuned, before)
+    return Here(prepared, tuned, tuned, before, team)
+
+
+def _silent(text: str = "") -> None:
+    """What the processes say that are not the first."""
 
 
 def _run(engine: Engine, folder: Path, emit: Emitter, say: Say, *, announced: bool) -> dict[str, Any]:
-    prepared, tuned = engine.prepared, engine.tuned
-    run, total = prepared.run, prepared.model_parameters
-    write_atomic(folder / "run.yaml", resolved_yaml(_resolved(prepared, folder), run.origins))
-    write_json(folder / "environment.json", environment() | {"threads": torch.get_num_threads(), "precision": prepared.precision})
+    prepared, tuned, team = engine.prepared, engine.tuned, engine.team
+    team.once(lambda: _write_first(prepared, folder, team))
+    total = prepared.model_parameters
     deltas, heads = tuned.counts()
     label_share = prepared.facts["learned_tokens"] / max(prepared.facts["tokens"], 1)
     flops = flops_per_token(untouched_sites(tuned), deltas + heads, label_share)
@@ -117,9 +147,18 @@ def _run(engine: Engine, folder: Path, emit: Emitter, say: Say, *, announced: bo
         _announce(prepared, tuned, total, emit)
     say(f"Delta: {count(deltas)} parameters ({deltas / total:.2%} of the model's {count(total)})"
         + (f", and a head of {count(heads)}" if heads else ""))
-    rate = matmul_rate(DTYPES[prepared.precision]) / flops
+    rate = team.size * matmul_rate(DTYPES[prepared.precision], device=team.device) / flops
     result = engine.train(Loop(emit, folder, _identity(prepared), rate))
-    return _finish(engine, result, folder, emit, say, total=total, flops=flops, started=(deltas, heads))
+    scores, shown = engine.scores(), engine.shown()
+    return team.once(lambda: _finish(engine, result, scores, shown, folder, emit, say, total=total, flops=flops,
+                                     started=(deltas, heads)))
+
+
+def _write_first(prepared: Prepared, folder: Path, team: Team) -> None:
+    """What a run leaves before its first step."""
+    write_atomic(folder / "run.yaml", resolved_yaml(_resolved(prepared, folder), prepared.run.origins))
+    write_json(folder / "environment.json", environment() | {
+        "threads": torch.get_num_threads(), "precision": prepared.precision, "processes": team.size})
 
 
 def attached(prepared: Prepared) -> Tuned:
@@ -214,12 +253,12 @@ def seen_from(folder: Path, value: Any, base: Path) -> Any:
     return Path(os.path.relpath(base / value, folder)).as_posix()
 
 
-def _finish(engine: Engine, result: TrainResult, folder: Path, emit: Emitter, say: Say, *, total: int, flops: int,
-            started: tuple[int, int]) -> dict[str, Any]:
-    """Final scores, the delta and its PEFT copy, predictions, metrics, card and report."""
+def _finish(engine: Engine, result: TrainResult, scores: Scores, shown: Sequence[str], folder: Path, emit: Emitter, say: Say, *,
+            total: int, flops: int, started: tuple[int, int]) -> dict[str, Any]:
+    """The delta and its PEFT copy, predictions, metrics, card and report."""
     prepared, tuned, before, rows = engine.prepared, engine.tuned, engine.before, engine.rows
-    task, scores = prepared.task, engine.scores()
-    for index, (old, new) in enumerate(zip(before.answers, engine.shown(), strict=True)):
+    task = prepared.task
+    for index, (old, new) in enumerate(zip(before.answers, shown, strict=True)):
         emit(Sampled(row=index, input=rows[index].source, reference=rows[index].target, before=old, after=new))
     more = engine.told(emit)
     labels = list(prepared.labels.names) if prepared.labels else None

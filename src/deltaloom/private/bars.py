@@ -140,6 +140,10 @@ class CountingFeed:
         """Those of the feed."""
         return self.feed.steps(epoch)
 
+    def dealt(self, step: Sequence[Sequence[int]], number: int, size: int) -> Sequence[Sequence[int]]:
+        """That of the feed."""
+        return self.feed.dealt(step, number, size)
+
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
         """That of the feed."""
         self.used += len(indices)

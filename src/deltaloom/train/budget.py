@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from functools import partial
+
+import torch
 
 from deltaloom.train.feed import Feed
 from deltaloom.train.run import Learner
 from deltaloom.train.state import keep_random_states
+from deltaloom.train.team import Team
 from deltaloom.tuned import Tuned
 
 TRIES = 3  # steps spread over the first epoch, after one that warms up: lengths differ between steps
 
 
-def steps_that_fit(tuned: Tuned, task: Learner, feed: Feed, limit: float) -> tuple[int, float, float]:
+def steps_that_fit(tuned: Tuned, task: Learner, feed: Feed, limit: float, team: Team) -> tuple[int, float, float]:
     """(steps, seconds spent on finding out, seconds a step), for a limit in seconds that includes the finding out.
 
-    Forward and backward passes only: no parameter and no random state changes.
+    Forward and backward passes only: no parameter and no random state changes. In several processes each tries its own rows,
+    and the first one's times count.
     """
     began = time.perf_counter()
     steps = feed.steps(0)
@@ -24,15 +30,22 @@ def steps_that_fit(tuned: Tuned, task: Learner, feed: Feed, limit: float) -> tup
     with keep_random_states():
         for micro in [chosen[0], *chosen]:
             start = time.perf_counter()
-            for indices in micro:
-                loss, _ = task.loss(tuned, feed.batch(indices, tuned.device))
-                loss.backward()
-            float(loss.detach())  # waits for an accelerator
+            own, _ = team.share(partial(feed.dealt, micro))
+            team.together(partial(_pass, tuned, task, feed, own))
             taken.append(time.perf_counter() - start)
-            if time.perf_counter() - began > 0.2 * limit:
+            if team.agree(None, time.perf_counter() - began)[1] > 0.2 * limit:
                 break
     tuned.zero_grad(set_to_none=True)
     tried = taken[1:] or taken
     each = sum(tried) / len(tried)
     spent = time.perf_counter() - began
+    spent, each = team.once(lambda: [spent, each])
     return max(1, int((limit - spent) / max(each, 1e-6))), spent, each
+
+
+def _pass(tuned: Tuned, task: Learner, feed: Feed, micro: Sequence[Sequence[int]]) -> None:
+    loss = torch.zeros(())
+    for indices in micro:
+        loss, _ = task.loss(tuned, feed.batch(indices, tuned.device))
+        loss.backward()
+    float(loss.detach())  # waits for an accelerator

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from deltaloom.data.batches import Batch, plan_steps
+from deltaloom.data.batches import Batch, dealt, micro_batches, plan_steps
 from deltaloom.data.encode import Example
 from deltaloom.train.settings import TrainSettings
 
@@ -20,6 +20,9 @@ class Feed(Protocol):
 
     def steps(self, epoch: int) -> Sequence[Sequence[Sequence[int]]]:
         """For each optimizer step of an epoch its micro-batches, as indices; the same for the same epoch, always."""
+
+    def dealt(self, step: Sequence[Sequence[int]], number: int, size: int) -> Sequence[Sequence[int]]:
+        """Of an optimizer step the micro-batches of process `number` of `size`; all of them have every index once."""
 
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
         """A micro-batch on a device."""
@@ -45,6 +48,13 @@ class ExampleFeed:
         """One epoch in an order that the seed and the epoch alone decide."""
         return plan_steps(self._lengths, batch_size=self.settings.rows_per_step, batch_tokens=self.settings.batch_tokens,
                           seed=self.seed, epoch=epoch, micro_tokens=self.micro_tokens)
+
+    def dealt(self, step: Sequence[Sequence[int]], number: int, size: int) -> Sequence[Sequence[int]]:
+        """Its rows, cut anew: a process with half of them needs half as many micro-batches, not halves of all."""
+        if size == 1:
+            return step
+        own = dealt([index for micro in step for index in micro], self._lengths, number, size)
+        return micro_batches(own, self._lengths, self.micro_tokens)
 
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
         """The examples of these indices as one padded batch."""

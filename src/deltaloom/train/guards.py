@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from deltaloom.errors import DeltaloomError, NonFiniteError, RefusedError, ResourceError, listed
 from deltaloom.events import Emitter, Step, Warned
+from deltaloom.train.team import SINGLE, Passed, Team
 from deltaloom.tuned import Tuned
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # PyTorch has no class of its own for it on a CPU
@@ -24,19 +26,17 @@ class Reading:
     step: int
     epoch: float
     learning_rate: float
-    losses: list[Tensor]          # sum of each micro-batch
-    count: Tensor | float         # what the sum of them is divided by
+    passed: Passed
     penalty: Tensor
     norm: Tensor
-    rows: list[list[int]]         # of each micro-batch
-    tokens: int
-    padded_tokens: int
 
 
 class Meter:
     """Collects readings, turns them into numbers now and then, all at once, and stops at the first that is not finite."""
 
-    def __init__(self, emit: Emitter, every: int, place: Callable[[int], str], floor_rate: float | None) -> None:
+    def __init__(self, emit: Emitter, every: int, place: Callable[[int], str], floor_rate: float | None,
+                 team: Team = SINGLE) -> None:
+        self.team = team
         self.emit = emit
         self.every = every
         self.place = place
@@ -60,7 +60,7 @@ class Meter:
         """Read what waits."""
         if not self.waiting:
             return
-        rows = [torch.stack([torch.stack(r.losses).sum().float(), _scalar(r.count, r.norm), r.penalty.float(), r.norm.float()])
+        rows = [torch.stack([r.passed.loss(), _scalar(r.passed.count, r.norm), r.penalty.float(), r.norm.float()])
                 for r in self.waiting]
         for reading, numbers in zip(self.waiting, torch.stack([row.detach() for row in rows]).tolist(), strict=True):
             if not all(math.isfinite(number) for number in numbers) or numbers[1] == 0:
@@ -75,10 +75,11 @@ class Meter:
             return
         each = self.seconds / len(self.checked)
         for reading, (loss, count, penalty, norm) in self.checked:
-            share = reading.tokens / each / self.floor_rate if self.floor_rate and each else None
+            tokens, padded = reading.passed.tokens, reading.passed.padded_tokens
+            share = tokens / each / self.floor_rate if self.floor_rate and each else None
             self.emit(Step(step=reading.step, epoch=reading.epoch, loss=loss / count, penalty=penalty, gradient_norm=norm,
-                           learning_rate=reading.learning_rate, tokens=reading.tokens, seconds=each, floor_share=share,
-                           padding=1 - reading.tokens / max(1, reading.padded_tokens), memory_bytes=memory_bytes))
+                           learning_rate=reading.learning_rate, tokens=tokens, seconds=each, floor_share=share,
+                           padding=1 - tokens / max(1, padded), memory_bytes=memory_bytes))
         self.checked, self.seconds = [], 0.0
 
     def drop(self) -> None:
@@ -91,14 +92,18 @@ class Meter:
         self.report(0.0, memory_bytes)
 
     def _not_finite(self, reading: Reading, loss: float, count: float, penalty: float, norm: float) -> DeltaloomError:
-        bad = [rows for rows, value in zip(reading.rows, reading.losses, strict=True) if not bool(torch.isfinite(value))]
-        rows = [row for part in (bad or reading.rows) for row in part]
+        passed = reading.passed
+        bad = [rows for rows, value in zip(passed.rows, passed.losses, strict=True) if not bool(torch.isfinite(value))]
+        own = [[self.place(row) for part in parts for row in part] for parts in (bad, passed.rows)]
+        bad_ones, all_of_them = ([place for part in parts for place in part] for parts in
+                                 zip(*(json.loads(text) for text in self.team.texts(json.dumps(own))), strict=True))
         values = f"loss {loss / count if count else math.nan:g}, penalty {penalty:g}, gradient norm {norm:g}"
         what = (f"step {reading.step} has no target to learn from" if count == 0
                 else f"training became non-finite at step {reading.step}")
         hint = (f"The last good checkpoint is {self.last_good}." if self.last_good else "There is no earlier checkpoint.")
-        return NonFiniteError(what, got=values, problems=[f"rows of the batch: {listed([self.place(row) for row in rows], 32)}"],
-                              hint=f"{hint} Look at these rows, lower train.learning_rate, or set train.precision to fp32.")
+        return self.team.known_to_all(NonFiniteError(
+            what, got=values, problems=[f"rows of the batch: {listed(bad_ones or all_of_them, 32)}"],
+            hint=f"{hint} Look at these rows, lower train.learning_rate, or set train.precision to fp32."))
 
 
 class FirstSteps:

@@ -12,9 +12,12 @@ checkpoint holds, so a run that was stopped anywhere and resumed gives bit for b
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -36,6 +39,7 @@ from deltaloom.train.settings import TrainSettings
 from deltaloom.train.signals import StopRequest, polite_stop
 from deltaloom.train.state import seed_everything, set_random_states
 from deltaloom.train.strategy import Strategy, check_room
+from deltaloom.train.team import SINGLE, Team
 from deltaloom.train.warmup import warm_up
 from deltaloom.tuned import Tuned
 
@@ -46,7 +50,7 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
           evaluate: Evaluate | None = None, goal: Goal = LOSS, folder: Path | None = None, log: Path | None = None,
           resume: Checkpoint | None = None, identity: Mapping[str, str] | None = None,
           floor_rate: float | None = None, ahead: int = 1, before_step: Callable[[int], None] | None = None,
-          strategy: Strategy | None = None) -> TrainResult:
+          strategy: Strategy | None = None, team: Team = SINGLE) -> TrainResult:
     """Train the deltas that `tuned` uses, on the rows of `feed`, and give back what was done.
 
     `evaluate` gives the metrics of the tuned model (called in evaluation mode, without gradients), `goal` says which of them
@@ -58,14 +62,19 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
     the course after each evaluation; its goal is then the run's, and its methods that wait have to be attached. The process's
     random generators are seeded; dropout of the model is active.
 
+    With a `team` of several processes each calls this with the same arguments; `folder`, `log`, `emit` and `resume` are the first
+    one's alone. The figures are then those of one process with the same rows in a step, but for rounding and dropout's draws.
+
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite; the parameters are not stepped, no checkpoint is overwritten.
         Interrupted: Ctrl-C or SIGTERM, after the step was finished and saved. A second signal raises KeyboardInterrupt.
         ResourceError: no memory or no disk space. CheckpointError: `resume` is of another run.
+        ElsewhereError: another process failed, or is gone.
         SettingsError: early stopping or restoring the best without evaluation. RefusedError: `folder` holds another run.
     """
-    emit = emit if emit is not None else Emitter()
-    _check(settings, evaluate, feed, folder, resume, strategy)
+    emit = emit if emit is not None and team.first else Emitter()
+    resume = _first_ones(resume, team)
+    _check(settings, evaluate, feed, folder, resume, strategy, team)
     if strategy is not None:
         strategy.hold(tuned)
         goal = strategy.goal
@@ -73,7 +82,8 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
     if resume is not None:
         check_same(resume, settings, identity or {})
     if folder is not None:
-        remove_leftovers(folder, emit)
+        team.once(partial(remove_leftovers, folder, emit))
+    team.check_same("run", json.dumps([settings.as_dict(), dict(identity or {})], sort_keys=True, default=str))
     with ExitStack() as stack:
         stop = stack.enter_context(polite_stop())
         stack.enter_context(training_mode(tuned, True))
@@ -82,14 +92,16 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
         memory = PeakMemory(tuned.device)
         seed_everything(seed)
         progress = (resumed_progress(resume, settings, emit) if resume is not None
-                    else _planned(tuned, task, feed, settings, emit))
+                    else _planned(tuned, task, feed, settings, emit, team))
         run = _assembled(tuned, task, feed, settings, emit, progress, memory, floor_rate=floor_rate, evaluate=evaluate, goal=goal,
-                         folder=folder, log=log, identity=dict(identity or {}), strategy=strategy)
-        run.ahead, run.before_step = ahead, before_step
+                         folder=folder, log=log, identity=dict(identity or {}), strategy=strategy, team=team)
+        run.ahead, run.before_step, run.seed = ahead, before_step, seed
         if resume is not None:
             _take(run, resume)
         else:
             _warm_up(run)
+        if team.size > 1:  # values that were computed, by a warm-up or a decomposition, may differ in the last bit
+            tuned.load_delta_state(team.once(tuned.delta_state))
         trainable = sum(parameter.numel() for parameter in run.parameters.values())
         emit(Started(step=progress.step, total_steps=progress.total_steps, trainable_parameters=trainable,
                      total_parameters=parameter_count(tuned)))
@@ -98,11 +110,11 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
 
 def _loop(run: Run, stop: StopRequest) -> TrainResult:
     while True:
-        if run.progress.due(run.settings.eval_every) and not stop:
+        if run.progress.due(run.settings.eval_every) and run.asked(stop) is None:
             run.evaluate_now()
         if run.progress.due(run.settings.save_every):
             run.save_now()
-        reason = run.reason_to_stop(stop)
+        reason = run.reason_to_stop(run.asked(stop))
         if reason is not None:
             return run.finish(reason)
         run.step()
@@ -121,7 +133,7 @@ def check_no_evaluation(settings: TrainSettings) -> None:
 
 
 def _check(settings: TrainSettings, evaluate: Evaluate | None, feed: Feed, folder: Path | None,
-           resume: Checkpoint | None, strategy: Strategy | None) -> None:
+           resume: Checkpoint | None, strategy: Strategy | None, team: Team) -> None:
     if evaluate is None:
         check_no_evaluation(settings)
         if strategy is not None:
@@ -129,31 +141,39 @@ def _check(settings: TrainSettings, evaluate: Evaluate | None, feed: Feed, folde
                                 hint="Give data.eval or data.eval_fraction, or leave out the section strategy.")
     if not feed.steps(0):
         raise DataError("there are no training rows")
-    if folder is not None and resume is None and checkpoints(folder):
+    if folder is not None and resume is None and team.once(lambda: bool(checkpoints(folder))):
         raise RefusedError("the folder holds checkpoints of an earlier run", got=str(folder), hint="Use --resume or --overwrite.")
 
 
-def _planned(tuned: Tuned, task: Learner, feed: Feed, settings: TrainSettings, emit: Emitter) -> Progress:
+def _first_ones(resume: Checkpoint | None, team: Team) -> Checkpoint | None:
+    """The checkpoint of the first process: the others may not see its folder."""
+    if team.size == 1:
+        return resume
+    told: list[Any] = team.once(lambda: [] if resume is None else [str(resume.path), resume.step, resume.parts])
+    return Checkpoint(Path(told[0]), told[1], told[2]) if told else None
+
+
+def _planned(tuned: Tuned, task: Learner, feed: Feed, settings: TrainSettings, emit: Emitter, team: Team) -> Progress:
     """A new run's progress; where only its time is limited, a few steps are tried to see how many fit."""
     total = planned_steps(settings, feed)
     if total is not None:
         return Progress(total)
     limit = settings.time_limit or 0.0
-    total, spent, each = steps_that_fit(tuned, task, feed, limit)
+    total, spent, each = steps_that_fit(tuned, task, feed, limit, team)
     emit(Acted(step=0, action="planned", reason=f"max_time {settings.max_time}: {total} steps of about {each:.3g} s"))
     return Progress(total, seconds=spent)
 
 
 def _assembled(tuned: Tuned, task: Learner, feed: Feed, settings: TrainSettings, emit: Emitter, progress: Progress,
                memory: PeakMemory, *, floor_rate: float | None, evaluate: Evaluate | None, goal: Goal, folder: Path | None,
-               log: Path | None, identity: dict[str, str], strategy: Strategy | None) -> Run:
+               log: Path | None, identity: dict[str, str], strategy: Strategy | None, team: Team) -> Run:
     parameters = tuned.delta_parameters()
     optimizer = make_optimizer(parameters, settings)
     every = settings.log_every or (1 if tuned.device.type == "cpu" else 10)
     run = Run(tuned=tuned, task=task, feed=feed, settings=settings, emit=emit, progress=progress, optimizer=optimizer,
-               controllers=[], meter=Meter(emit, every, feed.place, floor_rate),
+               controllers=[], meter=Meter(emit, every, feed.place, floor_rate, team),
                first=FirstSteps(tuned, parameters, emit), memory=memory, evaluate=evaluate, goal=goal, folder=folder, log=log,
-               identity=identity, parameters=parameters, strategy=strategy)
+               identity=identity, parameters=parameters, strategy=strategy, team=team)
     on_demand = strategy is not None and strategy.grows
     keeper = None if on_demand else row_keeper(optimizer, run.look_again)  # what waits to be grown is not removed
     run.controllers = tuned.controllers(StepPlan(progress.total_steps, emit, keeper, on_demand))

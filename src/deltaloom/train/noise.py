@@ -20,10 +20,9 @@ class NoiseMeter:
     """Sums over the steps since the last reading. Costs a copy of the deltas' gradients and reads nothing from the device."""
 
     def __init__(self) -> None:
-        self.forget()
         self._before: list[Tensor] | None = None
         self._small: list[Tensor] = []
-        self._counts: list[Tensor] = []
+        self.forget()
 
     def forget(self) -> None:
         """Begin anew."""
@@ -38,19 +37,29 @@ class NoiseMeter:
         number = torch.as_tensor(count, dtype=torch.float32, device=squares.device)
         self._before = now
         self._small.append(squares / number.clamp_min(1e-12))  # one without targets has no gradient either
-        self._counts.append(number)
 
-    def after_step(self) -> None:
-        """The step's last micro-batch was noted."""
-        if self._before is not None and len(self._small) > 1:
-            total = torch.stack(self._counts).sum()
-            big = torch.stack(torch._foreach_norm(self._before)).square().sum() / total.square()
-            small = torch.stack(self._small).sum() / total
-            trace = (small - big) * total / (len(self._small) - 1)
-            values = torch.stack((trace, big - trace / total, total)).double()
-            self._sums = values + (self._sums if isinstance(self._sums, Tensor) else values.new_tensor(self._sums))
-            self._steps += 1
-        self._before, self._small, self._counts = None, [], []
+    def parts(self) -> tuple[Tensor | float, int]:
+        """(sum_i |g_i|^2 / c_i, m) of the micro-batches noted since the last step: what several processes add up."""
+        found = torch.stack(self._small).sum() if self._small else 0.0, len(self._small)
+        self.drop()
+        return found
+
+    def after_step(self, parts: tuple[Tensor | float, int], gradients: Sequence[Tensor], count: Tensor | float) -> None:
+        """Take in a step from its `parts`, its summed gradients, and its tokens or rows; a single micro-batch says nothing."""
+        small, number = parts
+        if number < 2 or not gradients:
+            return
+        squares = torch.stack(torch._foreach_norm(list(gradients))).square().sum()
+        total = torch.as_tensor(count, dtype=torch.float32, device=squares.device)
+        big = squares / total.square()
+        trace = (small / total - big) * total / (number - 1)
+        values = torch.stack((trace, big - trace / total, total)).double()
+        self._sums = values + (self._sums if isinstance(self._sums, Tensor) else values.new_tensor(self._sums))
+        self._steps += 1
+
+    def drop(self) -> None:
+        """Forget the micro-batches of a step that is not taken."""
+        self._before, self._small = None, []
 
     def read(self) -> tuple[float | None, float | None]:
         """(noise scale, tokens or rows of a step), on the mean over the steps; None where no step had several micro-batches.

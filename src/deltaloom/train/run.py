@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,8 +39,9 @@ from deltaloom.train.progress import Goal, Progress
 from deltaloom.train.schedule import factor
 from deltaloom.train.settings import TrainSettings
 from deltaloom.train.signals import StopRequest
-from deltaloom.train.state import keep_random_states, random_states
+from deltaloom.train.state import keep_random_states, random_states, seed_everything
 from deltaloom.train.strategy import Strategy
+from deltaloom.train.team import SINGLE, Passed, Team, step_seed
 from deltaloom.tuned import Tuned
 
 Evaluate = Callable[[Tuned], Mapping[str, float]]
@@ -98,6 +100,8 @@ class Run:
     ahead: int = 1
     before_step: Callable[[int], None] | None = None
     strategy: Strategy | None = None
+    team: Team = SINGLE
+    seed: int = 0
     ending: bool = False
     saved_step: int = -1
     evaluation_seconds: float = 0.0
@@ -136,8 +140,8 @@ class Run:
         if self.before_step is not None:
             self.before_step(step)
         parameters = list(self.parameters.values())
-        losses, count, batches = self._backward(micro)
-        divide_gradients(parameters, count)
+        passed = self._passed(micro, parameters)
+        divide_gradients(parameters, passed.count)
         penalty = self.tuned.penalty()
         if penalty.requires_grad:
             penalty.backward()
@@ -145,10 +149,8 @@ class Run:
         norm = gradient_norm(parameters)
         learning_rate = settings.learning_rate * factor(step, progress.total_steps, settings.schedule, settings.warmup)
         learning_rate *= self.strategy.rate if self.strategy is not None else 1.0
-        tokens = sum(batch.tokens for batch in batches)
         epoch = progress.epoch + (progress.index + 1) / progress.steps_in_epoch
-        self.meter.note(Reading(step, epoch, learning_rate, losses, count, penalty.detach(), norm, [b.rows for b in batches],
-                                tokens, sum(b.padded_tokens for b in batches)))
+        self.meter.note(Reading(step, epoch, learning_rate, passed, penalty.detach(), norm))
         for controller in self.controllers:
             controller.after_backward(step)
         if settings.clip is not None:
@@ -161,18 +163,38 @@ class Run:
         if not self.parameters:
             self.parameters = self.tuned.delta_parameters()
         self.optimizer.zero_grad()
-        progress.step, progress.index, progress.tokens = step, progress.index + 1, progress.tokens + tokens
+        progress.step, progress.index, progress.tokens = step, progress.index + 1, progress.tokens + passed.tokens
 
-    def _backward(self, micro: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor | float, list[Batch]]:
-        """Gradients of the summed loss over all micro-batches; (their losses, the total count, the batches)."""
+    def _passed(self, micro: Sequence[Sequence[int]], parameters: list[nn.Parameter]) -> Passed:
+        """Gradients of the summed loss over all rows of the step, whichever process they fall to, and its figures."""
+        if self.team.size > 1:
+            seed_everything(step_seed(self.seed, self.progress.step + 1, self.team.number))
+        own, idle = self.team.share(partial(self.feed.dealt, micro))
+
+        def work() -> Passed:
+            with memory_errors(own):
+                return self._backward(own, idle)
+
+        passed = self.team.add(work, parameters)
+        if passed.noise is not None and self.strategy is not None:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            self.strategy.noise.after_step(passed.noise, gradients, passed.count)
+        return passed
+
+    def _backward(self, micro: Sequence[Sequence[int]], idle: int) -> Passed:
+        """Gradients of the summed loss over these micro-batches, of which the last `idle` do not count."""
         losses: list[Tensor] = []
         batches: list[Batch] = []
         waiting: deque[Tensor] = deque()  # losses whose backward pass is still to come, oldest first
         count: Tensor | float = 0.0
-        noise = self.strategy.noise if self.strategy is not None and self.ahead == 1 and len(micro) > 1 else None
-        for indices in micro:
+        several = len(micro) > 1 or self.team.size > 1
+        noise = self.strategy.noise if self.strategy is not None and self.ahead == 1 and several else None
+        for place, indices in enumerate(micro):
             batch = self.feed.batch(indices, self.device)
             loss, part = self.task.loss(self.tuned, batch)
+            if place >= len(micro) - idle:
+                (loss * 0.0).backward()
+                continue
             waiting.append(loss)
             batches.append(batch)
             count = count + part
@@ -180,10 +202,9 @@ class Run:
                 losses.append(_backward(waiting.popleft()))
             if noise is not None:
                 noise.after_micro_batch(list(self.parameters.values()), part)
-        if noise is not None:
-            noise.after_step()
         losses.extend(_backward(loss) for loss in waiting)
-        return losses, count, batches
+        return Passed(losses, count, [batch.rows for batch in batches], sum(batch.tokens for batch in batches),
+                      sum(batch.padded_tokens for batch in batches), None if noise is None else noise.parts())
 
     def _next_rows(self) -> Sequence[Sequence[int]]:
         progress = self.progress
@@ -203,7 +224,7 @@ class Run:
         self.meter.flush(resident_bytes(self.device))
         began = time.perf_counter()
         with keep_random_states(), torch.no_grad(), training_mode(self.tuned, False):
-            metrics = self.evaluate(self.tuned)
+            metrics = self._evaluated(self.evaluate)
         self.evaluation_seconds += time.perf_counter() - began
         best = self.progress.note_metrics(metrics, self.goal, self.settings.early_stop)
         self.emit(Evaluated(step=self.progress.step, metrics=self.progress.metrics, best=best))
@@ -216,26 +237,43 @@ class Run:
         if best:
             self.save_now()
 
+    def _evaluated(self, evaluate: Evaluate) -> Mapping[str, float]:
+        """The first process's metrics: each has its own if the evaluation is not shared out, and one decides for all."""
+        own = self.team.together(lambda: {name: float(value) for name, value in evaluate(self.tuned).items()})
+        return self.team.once(lambda: own)
+
     def save_now(self) -> None:
-        """Write a checkpoint of the current step, unless there is one."""
+        """Write a checkpoint of the current step, unless there is one; the first process does."""
         progress = self.progress
         if self.folder is None or self.saved_step == progress.step or progress.step == 0:
             return
         self.meter.flush(resident_bytes(self.device))
         began = time.perf_counter()
-        if self.log is not None and self.log.exists():
-            sync(self.log)
-            progress.log_bytes = self.log.stat().st_size
-        path = write_checkpoint(self.folder, progress.step, self._parts())
-        prune_checkpoints(self.folder, self.settings.keep_checkpoints, [progress.best_step])
+        self.team.check_same("deltas", self.tuned.delta_state())  # they would drift apart for good
+        path = Path(self.team.once(partial(self._write, self.folder)))
         self.saved_step = progress.step
         self.meter.last_good = str(path)
         self.saving_seconds += time.perf_counter() - began
-        size = sum(file.stat().st_size for file in path.iterdir())
-        self.emit(Saved(step=progress.step, path=f"{self.folder.name}/{path.name}", bytes=size))
+        if self.team.first:
+            size = sum(file.stat().st_size for file in path.iterdir())
+            self.emit(Saved(step=progress.step, path=f"{self.folder.name}/{path.name}", bytes=size))
 
-    def reason_to_stop(self, stop: StopRequest) -> str | None:
-        """Why not to take another step, or None."""
+    def _write(self, folder: Path) -> str:
+        progress = self.progress
+        if self.log is not None and self.log.exists():
+            sync(self.log)
+            progress.log_bytes = self.log.stat().st_size
+        path = write_checkpoint(folder, progress.step, self._parts())
+        prune_checkpoints(folder, self.settings.keep_checkpoints, [progress.best_step])
+        return str(path)
+
+    def asked(self, stop: StopRequest) -> str | None:
+        """The signal that a process of this run was asked to stop with; from here on all have the first one's time too."""
+        asked, self.progress.seconds = self.team.agree(stop.name, self.progress.seconds)
+        return asked
+
+    def reason_to_stop(self, asked: str | None) -> str | None:
+        """Why not to take another step, or None; `asked` is the signal that asks to stop."""
         progress, early, limit = self.progress, self.settings.early_stop, self.settings.time_limit
         if self.strategy is not None and self.strategy.reason is not None:
             return self.strategy.reason
@@ -246,8 +284,8 @@ class Run:
                             reason=f"{self.goal.metric} did not improve by more than {early.min_delta:g} in {progress.stale} "
                                    f"evaluations; the best is {progress.best_value:g} at step {progress.best_step}"))
             return "early_stop"
-        if stop:
-            self.emit(Acted(step=progress.step, action="interrupted", reason=f"signal {stop.name}"))
+        if asked is not None:
+            self.emit(Acted(step=progress.step, action="interrupted", reason=f"signal {asked}"))
             return "interrupted"
         return "max_time" if limit is not None and progress.seconds >= limit else None
 
@@ -325,7 +363,7 @@ class Run:
         if self.strategy is None:
             return False
         self.meter.drop()
-        self.strategy.noise.after_step()
+        self.strategy.noise.drop()
         self.strategy.noise.forget()
         done = self.strategy.after_failure(str(error).split("\n")[0], self, self.emit, self.progress.step)
         self.optimizer.zero_grad()
@@ -350,7 +388,8 @@ class Run:
         if reason == "interrupted":
             where = (f"Everything is in {self.meter.last_good}: run again with --resume." if self.meter.last_good
                      else "No checkpoint was written.")
-            raise Interrupted(f"interrupted at step {progress.step} of {progress.total_steps}", hint=where)
+            raise self.team.known_to_all(Interrupted(f"interrupted at step {progress.step} of {progress.total_steps}",
+                                                     hint=where))
         if self.settings.restore_best or (self.strategy is not None and self.strategy.restores):
             self._restore_best()
         for controller in self.controllers:
@@ -378,8 +417,8 @@ class Run:
         if self.folder is None:
             return copy.deepcopy(self.best)  # what takes tensors from it may come again
         path = self.folder / f"step-{progress.best_step}"
-        if not path.is_dir():
+        parts = self.team.once(lambda: read_checkpoint(path).parts if path.is_dir() else None)
+        if parts is None:
             self.emit(Warned(kind="best-is-gone", message=f"the checkpoint of the best step {progress.best_step} is gone; "
                                                           "the delta of the last step is kept"))
-            return None
-        return read_checkpoint(path).parts
+        return parts

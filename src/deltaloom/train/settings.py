@@ -15,7 +15,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Every = Annotated[int, Field(ge=1)] | Fraction | None
 
 # These change when something is looked at or kept, not what is trained: a resumed run may have others.
-FREE_TO_CHANGE = frozenset({"max_time", "eval_every", "save_every", "keep_checkpoints", "log_every"})
+FREE_TO_CHANGE = frozenset({"max_time", "eval_every", "save_every", "keep_checkpoints", "log_every", "shard"})
 
 
 class EarlyStop(Settings):
@@ -51,6 +51,7 @@ class TrainSettings(Settings):
         "auto", description="of the base model; deltas are always fp32; auto: bf16 where the machine multiplies it fast")
     packing: bool = Field(False, description="several rows in one sequence, each seeing itself only")
     gradient_checkpointing: bool = Field(False, description="compute activations again in the backward pass to save memory")
+    shard: bool = Field(False, description="spread the frozen base over the processes of the run, for one that fits no device")
     eval_every: Every = Field(None, description="steps, or a share of the run such as 0.1; default: after each epoch")
     save_every: Every = Field(0.1, description="steps, or a share of the run; null: after each epoch")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints to keep, the newest; the best one is kept besides")
