@@ -14,15 +14,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deltaloom.api import attach, load, preset, register_site, save, trainer_callback, tune
+    from deltaloom.api import attach, load, preset, register_site, save, settle, trainer_callback, tune
     from deltaloom.models import load_model
 
 __version__ = "0.1.0"
 
-__all__ = ["attach", "load", "load_model", "preset", "register_site", "save", "trainer_callback", "tune"]
+__all__ = ["attach", "load", "load_model", "preset", "register_site", "save", "settle", "trainer_callback", "tune"]
 
 _HOMES = {"attach": "api", "load": "api", "preset": "api", "register_site": "api", "save": "api",
-          "trainer_callback": "api", "tune": "api", "load_model": "models"}
+          "settle": "api", "trainer_callback": "api", "tune": "api", "load_model": "models"}
 
 
 def __getattr__(name: str) -> Any:

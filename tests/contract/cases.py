@@ -20,6 +20,7 @@ PACKAGE = "deltaloom.deltas"
 # Settings to run a method with, each a case of its own. A method without an entry runs with its defaults.
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "adalora": [{"rank": 2, "reserve": 2}],
+    "auto": [{"budget": 300}],
     "bottleneck": [
         {"placement": "houlsby", "size": 4, "activation": "gelu"},
         {"placement": "pfeiffer", "size": 4, "activation": "silu"},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from deltaloom.checkpoint import native
 from deltaloom.checkpoint.peft import write_peft
@@ -18,7 +19,7 @@ from deltaloom.checkpoint.record import read_record
 from deltaloom.deltas.base import StepPlan, method_record
 from deltaloom.errors import RefusedError, SettingsError
 from deltaloom.evaluate.base import Prediction
-from deltaloom.events import Attached, DataRead, Emitter, JsonLines, Sampled, Sink, Warned, finite
+from deltaloom.events import Acted, Attached, DataRead, Emitter, JsonLines, Sampled, Sink, Warned, finite
 from deltaloom.files import write_atomic
 from deltaloom.jobs.doctor import environment
 from deltaloom.jobs.engine import Engine, Here, Loop, feed_of, measured, written
@@ -38,9 +39,10 @@ from deltaloom.sites import all_sites
 from deltaloom.train.loop import check_no_evaluation
 from deltaloom.train.progress import planned_steps
 from deltaloom.train.run import TrainResult
-from deltaloom.tuned import Tuned, attach, restore
+from deltaloom.tuned import Tuned, attach, restore, settle
 
 Through = Callable[[Prepared], Engine]
+SETTLED = "deltas.yaml"  # in the run folder: the plain list of methods that a choice has come to
 Prepare = Callable[..., Prepared]
 """As `prepare.prepare`."""
 
@@ -216,6 +218,7 @@ def _finish(engine: Engine, result: TrainResult, folder: Path, emit: Emitter, sa
             started: tuple[int, int]) -> dict[str, Any]:
     """Final scores, the delta and its PEFT copy, predictions, metrics, card and report."""
     prepared, tuned, before, rows = engine.prepared, engine.tuned, engine.before, engine.rows
+    _settle(tuned, result.step, folder, emit)
     task, scores = prepared.task, engine.scores()
     for index, (old, new) in enumerate(zip(before.answers, engine.shown(), strict=True)):
         emit(Sampled(row=index, input=rows[index].source, reference=rows[index].target, before=old, after=new))
@@ -247,6 +250,19 @@ def _finish(engine: Engine, result: TrainResult, folder: Path, emit: Emitter, sa
     write_report([folder], folder / "report.html")
     _tell(metrics, prepared, folder, say)
     return finite(metrics)
+
+
+def _settle(tuned: Tuned, step: int, folder: Path, emit: Emitter) -> None:
+    """Let methods that stand for others become these, and write the list that a run file would state."""
+    if not settle(tuned):
+        return
+    parts = [part for part in tuned.attached() if not part.is_head]
+    numbers = [sum(p.numel() for _, module in part.named_deltas() for p in module.parameters()) for part in parts]
+    sizes = [f"{part.method.name} at {len(part.attachment.deltas)} places, {count(own)} numbers"
+             for part, own in zip(parts, numbers, strict=True)]
+    emit(Acted(step=step, action="settled", reason=f"the deltas are now {'; '.join(sizes)}: {SETTLED}"))
+    records = [method_record(part.method) for part in parts]
+    write_atomic(folder / SETTLED, yaml.safe_dump({"deltas": records}, sort_keys=False, allow_unicode=True, width=120))
 
 
 def _write_predictions(path: Path, predictions: Sequence[Prediction], rows: Sequence[Any], numbers: Sequence[int]) -> None:

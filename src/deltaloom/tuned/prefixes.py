@@ -30,11 +30,11 @@ class RoutedPrefix(PrefixSlot):
         found = [(rows, self._of_lane(str(lane), rows)) for lane, rows in groups if lane in self.lanes]
         for tap in self.taps.values():
             tap.value = None  # of lanes that are not in use
-        if not found:
+        length = max((own.keys.shape[0] for _, own in found), default=0)
+        if not length:  # none, or one of which nothing is left
             return None
         if found[0][0] is None:
             return found[0][1]
-        length = max(own.keys.shape[0] for _, own in found)
         first = found[0][1].keys
         keys, values = (first.new_zeros(count, length, *first.shape[1:]) for _ in range(2))
         visible, spared = (torch.zeros(count, length, dtype=torch.bool, device=first.device) for _ in range(2))
