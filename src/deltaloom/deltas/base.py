@@ -127,7 +127,8 @@ class PrefixDelta(Delta, ABC):
     def log_gate(self, x: Tensor) -> Tensor | None:
         """What is added to the scores of these keys, from what the attention module reads, x (batch, time, width); None: nothing.
 
-        (batch, time), one for each query, or (rows, 1), one for each row; packed rows are (1, time), or one each.
+        (batch, time), one for each query, or (rows, 1), one for each row, or (rows, 1, length), one for each key and row; packed
+        rows are (1, time), or one each.
         """
         return None
 
@@ -137,7 +138,7 @@ class InputDelta(Delta, ABC):
 
     @abstractmethod
     def rows(self) -> Tensor:
-        """(length, d_model)"""
+        """(length, d_model), or (rows, length, d_model) where each row of the call has its own."""
 
 
 @dataclass(frozen=True)

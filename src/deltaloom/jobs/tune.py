@@ -29,6 +29,7 @@ from deltaloom.jobs.opening import needs_delta
 from deltaloom.jobs.prepare import DTYPES, Prepared, Say, head_methods, model_source, parse_parts, prepare
 from deltaloom.jobs.runfile import Run, resolved_yaml
 from deltaloom.jobs.scoring import class_rows, majority
+from deltaloom.jobs.usage import tell_usage
 from deltaloom.models.compact import form_of
 from deltaloom.report.card import model_card
 from deltaloom.report.facts import read_run
@@ -220,6 +221,7 @@ def _finish(engine: Engine, result: TrainResult, folder: Path, emit: Emitter, sa
     prepared, tuned, before, rows = engine.prepared, engine.tuned, engine.before, engine.rows
     _settle(tuned, result.step, folder, emit)
     task, scores = prepared.task, engine.scores()
+    tell_usage(task, engine.model, tuned, prepared.held, rows, result.step, emit)
     for index, (old, new) in enumerate(zip(before.answers, engine.shown(), strict=True)):
         emit(Sampled(row=index, input=rows[index].source, reference=rows[index].target, before=old, after=new))
     labels = list(prepared.labels.names) if prepared.labels else None
