@@ -144,6 +144,18 @@ def test_a_dropped_part_does_nothing_at_any_time(removed: bool) -> None:
     assert tuned.counts()[0] <= BUDGET
 
 
+def test_a_choice_that_is_not_settled_is_saved_as_one_or_says_what_to_do(tmp_path: Path) -> None:
+    lora = {"method": "lora", "rank": 40, "targets": ["q", "v", "down"]}
+    tuned, _ = trained(Auto(budget=5007, candidates=[lora, CANDIDATES[3]], start=0.1, end=0.4, every=1))
+    assert 4096 < tuned.counts()[0] < 5007  # and above what a size in a file may be
+    native.save(tuned, tmp_path / "delta")
+    loaded = native.load(toy("llama"), tmp_path / "delta")
+    assert torch.equal(logits(loaded, "llama"), logits(tuned, "llama")) and len(settle(loaded)) > 1
+    tuned, _ = trained(auto(budget=60))
+    with pytest.raises(RefusedError, match="settle"):
+        native.save(tuned, tmp_path / "other")
+
+
 def test_prompts_too() -> None:
     tuned, _ = trained(Auto(budget=70, candidates=list(ROWS), start=0.1, end=0.4, every=1))
     before, kept = logits(tuned, "llama"), tuned.counts()[0]
@@ -226,7 +238,8 @@ def test_without_candidates_those_stand_that_offer_themselves() -> None:
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"budget": 0}, "at least one"), ({"budget": "0%"}, "share"), ({"budget": "150%"}, "share"), ({"budget": "many"}, "count"),
+    ({"budget": 0}, "at least one"), ({"budget": "0%"}, "share"), ({"budget": "150%"}, "share"),
+    ({"budget": True}, "count"), ({"budget": "-5"}, "count"), ({"budget": "many"}, "count"),
     ({"start": 0.6, "end": 0.5}, "below 1"), ({"candidates": [{"method": "auto"}]}, "candidate of itself"),
     ({"candidates": [{"method": "lorra"}]}, "lora"), ({"candidates": [{"method": "lora", "rnk": 3}]}, "rank"),
 ])

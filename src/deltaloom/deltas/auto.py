@@ -53,7 +53,7 @@ class Auto(Method):
 
     targets: str | tuple[str, ...] = OWN
     """Which sites; `candidates`: those that each candidate names itself."""
-    budget: int | str = "0.25%"
+    budget: str = "0.25%"
     """Trained numbers at the end: a count, or a share of the model's parameters such as 0.25%."""
     candidates: tuple[dict[str, Any], ...] = Field((), validate_default=True)
     """Methods to choose from, as entries of `deltas`; none given: every method that offers itself."""
@@ -70,15 +70,14 @@ class Auto(Method):
     beta2: float = Field(0.85, ge=0, lt=1)
     """Weight of the past in the uncertainty."""
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _check_budget(cls, budget: int | str) -> int | str:
-        if isinstance(budget, int):
-            if budget < 1:
-                raise ValueError("a budget must be at least one number")
-            return budget
-        _share(budget)
-        return budget
+    def _check_budget(cls, budget: object) -> object:
+        """A count becomes a text too: whole numbers in the settings of a file are taken for sizes, and this is none."""
+        text = str(budget) if isinstance(budget, int) else budget
+        if isinstance(text, str):
+            _count(text, 1)
+        return text
 
     @field_validator("candidates")
     @classmethod
@@ -135,13 +134,13 @@ class Auto(Method):
 
     def numbers(self, model_parameters: int) -> int:
         """The budget as a count."""
-        return self.budget if isinstance(self.budget, int) else int(_share(self.budget) * model_parameters)
+        return _count(self.budget, model_parameters)
 
     def _check_room(self, attachment: Attachment, model_parameters: int) -> None:
         budget = self.numbers(model_parameters)
         costs = [part.numbers() for _, _, part in _parts(attachment)]
         smallest, total = min(float(own.min()) for own in costs), sum(float(own.sum()) for own in costs)
-        got = f"{budget:,} numbers" + ("" if isinstance(self.budget, int) else f" ({self.budget} of {model_parameters:,})")
+        got = f"{budget:,} numbers" + (f" ({self.budget} of {model_parameters:,})" if "%" in self.budget else "")
         if budget < smallest:
             raise SettingsError(f"{self.name}: the budget is too small to keep anything", got=got,
                                 legal=f"at least {smallest:,.0f}, the smallest component", hint="Raise the budget.")
@@ -207,13 +206,16 @@ def _row(part: Part, layer: int) -> Callable[[], Tensor]:
     return lambda: torch.full((len(part.mask),), layer)
 
 
-def _share(budget: str) -> float:
-    """0.0025 from "0.25%"; raises ValueError."""
-    number, sign, rest = budget.partition("%")
+def _count(budget: str, model_parameters: int) -> int:
+    """200000 from "200000", and so many of the model's parameters from "0.25%"; raises ValueError."""
+    number, share, rest = budget.strip().partition("%")
+    if not share and number.isascii() and number.isdigit() and int(number) > 0:
+        return int(number)
     try:
-        share = float(number) / 100
+        part = float(number) / 100 if share else math.nan
     except ValueError:
-        share = math.nan
-    if not sign or rest.strip() or not 0 < share <= 1:
-        raise ValueError("a budget is a count such as 200000, or a share of the model's parameters such as 0.25%, at most 100%")
-    return share
+        part = math.nan
+    if rest or not 0 < part <= 1:
+        raise ValueError("a budget is a count of at least one, such as 200000, or a share of the model's parameters, such as "
+                         "0.25%, at most 100%")
+    return int(part * model_parameters)
