@@ -15,7 +15,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deltaloom.api import attach, load, preset, register_site, save, trainer_callback, tune
+    from deltaloom.api import attach, load, preset, register_site, save, settle, trainer_callback, tune
     from deltaloom.models import load_model
 
 __version__ = "0.1.0"
@@ -25,10 +25,10 @@ __version__ = "0.1.0"
 for _name, _kernels in (("LRU_CACHE_CAPACITY", "32"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")):
     os.environ.setdefault(_name, _kernels)
 
-__all__ = ["attach", "load", "load_model", "preset", "register_site", "save", "trainer_callback", "tune"]
+__all__ = ["attach", "load", "load_model", "preset", "register_site", "save", "settle", "trainer_callback", "tune"]
 
 _HOMES = {"attach": "api", "load": "api", "preset": "api", "register_site": "api", "save": "api",
-          "trainer_callback": "api", "tune": "api", "load_model": "models"}
+          "settle": "api", "trainer_callback": "api", "tune": "api", "load_model": "models"}
 
 
 def __getattr__(name: str) -> Any:

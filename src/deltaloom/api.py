@@ -19,9 +19,9 @@ from deltaloom.jobs.tune import tune as tune_job
 from deltaloom.registry import names_in
 from deltaloom.stacks import register_site
 from deltaloom.train.hf import trainer_callback
-from deltaloom.tuned import Tuned, attach
+from deltaloom.tuned import Tuned, attach, settle
 
-__all__ = ["attach", "load", "method_named", "preset", "register_site", "save", "trainer_callback", "tune"]
+__all__ = ["attach", "load", "method_named", "preset", "register_site", "save", "settle", "trainer_callback", "tune"]
 
 
 def load(model: nn.Module, folder: Path | str, name: str = "default") -> Tuned:

@@ -129,6 +129,18 @@ class RankChanged(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Routed(Event):
+    """How held-out rows share the entries of a choice by the input text.
+
+    `groups`: mappings with `by` ("all", "label" or "file"), `name`, `rows`, and `shares`, the mean weight of each entry.
+    """
+
+    step: int
+    rows: int
+    groups: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Acted(Event):
     """Somebody (a strategy, early stop, a signal) changed the course of the run, with the reason."""
 

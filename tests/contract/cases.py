@@ -20,6 +20,7 @@ PACKAGE = "deltaloom.deltas"
 # Settings to run a method with, each a case of its own. A method without an entry runs with its defaults.
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "adalora": [{"rank": 2, "reserve": 2}],
+    "auto": [{"budget": 300}],
     "bottleneck": [
         {"placement": "houlsby", "size": 4, "activation": "gelu"},
         {"placement": "pfeiffer", "size": 4, "activation": "silu"},
@@ -35,6 +36,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "lotr": [{"rank": 4}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
     "prefix": [{"length": 3}],
     "prompt": [{"length": 3}],
+    "route": [{"delta": {"method": "prefix", "length": 3}, "pool": 2}, {"delta": {"method": "prompt", "length": 3}, "pool": 2}],
     "tsvd": [{"rank": 2, "transform": "identity"}, {"rank": 2, "transform": "haar", "targets": ("q", "k", "v", "down")},
              {"rank": 1, "transform": "frame"}, {"rank": 2, "transform": "learned"}, {"rank": 2, "preset": "literal"}],
     "tucker1": [{"rank": 2, "basis": "gradient"}, {"rank": 3, "targets": ("q", "k", "v", "down")}],
@@ -42,7 +44,10 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
 
 # Reasons why a call with different deltas row by row is refused.
 ROWS_REFUSED = {("full", "t5"): "row by row", ("prompt", "bert"): "row by row",
-                ("intrinsic-prompt", "bert"): "row by row"}
+                ("intrinsic-prompt", "bert"): "row by row", ("route1", "bert"): "row by row"}
+
+# Methods that choose by the text of a whole row, with the reason why a text in the making has to be written with a cache.
+CHOOSES_ONCE = {"route": "the choice is the prompt's; read as a whole, a longer row is another text"}
 
 # Methods some of whose parameters have no effect in exact arithmetic, with the reason.
 WITHOUT_EFFECT = {"bitfit": "the bias of keys moves all scores of a query alike", "full": "as with bitfit"}
@@ -67,6 +72,11 @@ class Case:
     name: str
     index: int
     layout: str
+
+    @property
+    def refusal_by_rows(self) -> str:
+        """Why different deltas row by row are refused, by the method or by one of its examples; empty where they are not."""
+        return ROWS_REFUSED.get((self.name, self.layout), ROWS_REFUSED.get((f"{self.name}{self.index}", self.layout), ""))
 
     @property
     def id(self) -> str:

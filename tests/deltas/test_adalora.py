@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deltaloom.deltas.adalora import AdaLoRA, _group_names
+from deltaloom.deltas._adaptive import group_names
+from deltaloom.deltas.adalora import AdaLoRA
 from deltaloom.deltas.base import Attachment, StepPlan
 from deltaloom.errors import SettingsError
 from deltaloom.events import Emitter, RankChanged
@@ -190,11 +191,11 @@ def test_the_final_budget_in_ranks(rank, sites, expected):
 def test_layers_of_one_role_in_one_block_are_shown_apart():
     """An encoder-decoder has three query layers of the same number."""
     tuned = attach(toy("t5"), [AdaLoRA(rank=1, targets=["q", "down"])])
-    names = _group_names([site for site, _ in tuned.pairs()])
+    names = group_names([site for site, _ in tuned.pairs()])
     shown = [(name, site.layer) for site, name in names.items()]
     assert len(set(shown)) == len(shown)
     assert sorted({name for name in names.values() if name.startswith("q")}) == [
         "q 16x16 decoder.block layer.0.SelfAttention.q", "q 16x16 decoder.block layer.1.EncDecAttention.q",
         "q 16x16 encoder.block layer.0.SelfAttention.q"]
     plain = attach(toy("llama"), [AdaLoRA(rank=1, targets=["q", "k"])])
-    assert set(_group_names([site for site, _ in plain.pairs()]).values()) == {"q 16x16", "k 8x16"}
+    assert set(group_names([site for site, _ in plain.pairs()]).values()) == {"q 16x16", "k 8x16"}

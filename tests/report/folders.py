@@ -249,5 +249,7 @@ def run_events(
                 after="positive",
             ),
             events.Finished(step=steps, reason="completed", seconds=74.21, tokens=214310),
+            events.Routed(step=steps, rows=872, groups=[{"by": "all", "name": "", "rows": 872, "shares": [0.71, 0.29]},
+                                                        {"by": "label", "name": "mixed <b>", "rows": 3, "shares": [0.0, 1.0]}]),
         ]
     return happened

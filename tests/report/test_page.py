@@ -119,6 +119,7 @@ def test_every_kind_of_event_leaves_a_trace(html):
         events.Saved: "step-120, 302,112 bytes",
         events.Warned: "12 training rows occur twice",
         events.RankChanged: "Ranks while training",
+        events.Routed: "label: mixed <b>",
         events.Acted: "accuracy has not risen for 2 evaluations",
         events.Privacy: "all runs of this folder",
         events.Finished: "completed",

@@ -35,6 +35,19 @@ def gradient(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence
 SENSITIVITIES: dict[str, Sensitivity] = {"weight-gradient": weight_gradient, "gradient": gradient}
 
 
+def mean_of_rows(scores: Tensor) -> Tensor:
+    """(rows,): AdaLoRA's score of a vector, the same whatever its length is."""
+    return scores.flatten(1).mean(1) if scores.ndim > 1 else scores
+
+
+def sum_of_rows(scores: Tensor) -> Tensor:
+    """(rows,): what a row is worth in all; divided by its cost it is the mean of its numbers, of whatever tensors they are."""
+    return scores.flatten(1).sum(1) if scores.ndim > 1 else scores
+
+
+GATHERINGS: dict[str, Callable[[Tensor], Tensor]] = {"mean": mean_of_rows, "sum": sum_of_rows}
+
+
 class Importance:
     """The running averages of a list of parameters; the same order every time.
 

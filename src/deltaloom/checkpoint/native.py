@@ -226,7 +226,8 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
     gone = [key for key, tensor in state.items() if tensor.is_floating_point() and tensor.shape == (0,)]
     if gone:
         raise RefusedError("tensors of the delta are empty, so that it is not saved", problems=gone[:20],
-                           hint="Where training is spread over processes, gather the parameters before saving.")
+                           hint="Where training is spread over processes, gather the parameters before saving; after a choice "
+                                "among methods, call `deltaloom.settle(tuned)` first.")
     bad = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise RefusedError("values of the delta are not finite, so that it is not saved", problems=bad[:20])

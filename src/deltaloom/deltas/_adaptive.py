@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from deltaloom.allocation import RULES, Importance, Schedule, Scores, keep_within
+from deltaloom.allocation import GATHERINGS, RULES, Importance, Schedule, Scores, keep_within
 from deltaloom.deltas.base import Controller, KeepRows, Method, StepPlan, keep_rows
 from deltaloom.errors import DeltaloomError, SettingsError
 from deltaloom.events import RankChanged, Warned
@@ -48,9 +49,7 @@ class AdaptiveMethod(Method, ABC):
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
-        if self.start + self.end >= 1:
-            raise ValueError(f"start {self.start} and end {self.end} leave no part of the run to decide ranks in; "
-                             "their sum must be below 1")
+        check_shares(self.start, self.end)
         return self
 
     def initial_rank(self) -> int:
@@ -70,16 +69,33 @@ class AdaptiveMethod(Method, ABC):
                                 hint="Lower rank or reserve, or leave these layers out of the targets.")
 
 
+def check_shares(start: float, end: float) -> None:
+    """That the parts of a run before the first and after the last decision leave room between them; raises ValueError."""
+    if start + end >= 1:
+        raise ValueError(f"start {start} and end {end} leave no part of the run to decide ranks in; their sum must be below 1")
+
+
+class Rows(NamedTuple):
+    """A parameter, and for each of its rows the component it belongs to; None: row e belongs to component e."""
+
+    parameter: nn.Parameter
+    owner: Tensor | None = None
+    axis: int = 0  # along which its rows lie
+
+
 class Terms(Protocol):
     """Components of one place: parameters whose rows belong to them, and what can be done with them."""
 
     mask: Tensor  # (E,) bool: which stay
 
-    def parts(self) -> list[tuple[nn.Parameter, Tensor | None]]:
-        """Parameters with, for each of their rows, the component it belongs to; None: row e belongs to component e."""
+    def parts(self) -> list[Rows]:
+        """Their parameters."""
 
-    def silent(self) -> nn.Parameter:
-        """The parameter (E, ...) whose row e makes component e do nothing when it is zero."""
+    def silence(self) -> None:
+        """Make masked components do nothing."""
+
+    def alive(self) -> Tensor:
+        """(E,) bool: which do something now."""
 
     def numbers(self) -> Tensor:
         """(E,) float64: how many trained numbers each component has."""
@@ -117,6 +133,8 @@ class Policy:
     schedule: Schedule
     target: float        # cost at the end
     row_name: str        # "layer" or "frequency"
+    gathering: str = "mean"       # from the scores of a row's numbers to the row's, see `allocation.GATHERINGS`
+    silent_between: bool = False  # masked components stay silent between decisions, and only their gradients are watched
 
 
 class RankController(Controller):
@@ -148,10 +166,10 @@ class RankController(Controller):
                 self.importance.observe()
             if policy.schedule.due(step):
                 self._decide(step, policy)
-            if step >= policy.schedule.last:
+            if step >= policy.schedule.last or policy.silent_between:
                 self._silence()
-                if self.plan.keep_rows is not None:
-                    self._remove(self.plan.keep_rows)
+            if step >= policy.schedule.last and self.plan.keep_rows is not None:
+                self._remove(self.plan.keep_rows)
         if self.orthonormal:
             for pool in self.pools:
                 pool.terms.orthonormalise(self.orthonormal)
@@ -210,7 +228,7 @@ class RankController(Controller):
         """Silence all but what the final budget allows, spread evenly; what does something already stays."""
         unit = self._units()
         count = int(unit.max()) + 1 if len(unit) else 0
-        does = torch.cat([pool.terms.silent().detach().flatten(1).any(1).cpu() for pool in self.pools])
+        does = torch.cat([pool.terms.alive().cpu() for pool in self.pools])
         cost, order, alive = (torch.zeros(count, dtype=torch.float64).index_add_(0, unit, values) for values in (
             self._costs(), torch.cat([_round_robin(pool) for pool in self.pools]), does.double()))
         self._act((keep_within(-order, cost, policy.target) | (alive > 0))[unit])
@@ -240,10 +258,8 @@ class RankController(Controller):
 
     @torch.no_grad()
     def _silence(self) -> None:
-        """Make masked components do nothing."""
         for pool in self.pools:
-            silent = pool.terms.silent()
-            silent.mul_(pool.terms.mask.to(silent).view(-1, *[1] * (silent.ndim - 1)))
+            pool.terms.silence()
 
     def _remove(self, keep: KeepRows) -> None:
         """Drop masked components from memory, and what the optimizer holds of them."""
@@ -253,21 +269,22 @@ class RankController(Controller):
                 pool.terms.keep(pool.terms.mask.nonzero().squeeze(1), keep)
 
     def _scores(self) -> Tensor:
-        """(n,) of all components: the sum over their parameters of the rows' mean importance."""
-        if self.importance is None:
+        """(n,) of all components: the sum over their parameters of what the rows' importance comes to."""
+        if self.importance is None or self.policy is None:
             return self.previous
+        gather = GATHERINGS[self.policy.gathering]
         values = iter(self.importance.scores())
         found = []
         for pool in self.pools:
             total = torch.zeros(len(pool.terms.mask), dtype=torch.float64)
-            for _, owner in pool.terms.parts():
-                rows = next(values).double().flatten(1).mean(1).cpu()
+            for _, owner, axis in pool.terms.parts():
+                rows = gather(next(values).double().movedim(axis, 0)).cpu()
                 total.index_add_(0, torch.arange(len(rows)) if owner is None else owner.cpu(), rows)
             found.append(total)
         return torch.cat(found)
 
     def _importance(self, policy: Policy) -> Importance:
-        parameters = [parameter for pool in self.pools for parameter, _ in pool.terms.parts()]
+        parameters = [rows.parameter for pool in self.pools for rows in pool.terms.parts()]
         return Importance(parameters, policy.importance, policy.beta1, policy.beta2)
 
     def _sizes(self) -> list[int]:
@@ -333,3 +350,20 @@ def _round_robin(pool: Pool) -> Tensor:
     for value in row.unique():
         order[row == value] = torch.arange(int((row == value).sum()), dtype=torch.float64)
     return order
+
+
+def group_names(sites: Sequence[Site]) -> dict[Site, str]:
+    """The group that each site is shown in: role and shape, and its place in the block where a block has several such."""
+    names = {site: f"{site.role} {site.d_out}x{site.d_in}" for site in sites}
+    counts = Counter((names[site], site.layer) for site in sites)
+    several = {name for (name, _), count in counts.items() if count > 1}
+    return {site: f"{name} {site.stack} {site.path.removeprefix(f'{site.stack}.{site.layer}.')}" if name in several else name
+            for site, name in names.items()}
+
+
+def silence_rows(parameter: nn.Parameter, mask: Tensor, axis: int = 0) -> None:
+    """Set the rows of masked components to zero."""
+    shape = [1] * parameter.ndim
+    shape[axis] = -1
+    with torch.no_grad():
+        parameter.mul_(mask.to(parameter).view(shape))

@@ -6,12 +6,14 @@ model notes each call of it here, before the layers inside run, and activation c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaloom.errors import RefusedError
 
@@ -24,11 +26,38 @@ class Places:
     lengths: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Note:
+    """What is kept of a call, and comes back where a part of it runs again: places by module, choices by who made them."""
+
+    places: Mapping[str, Places] = field(default_factory=dict)
+    choices: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+class TextReader(nn.Module, ABC):
+    """A module that several deltas share and that decides something for each row from its input text, before the layers run.
+
+    `path`: the watched module whose calls it is shown; None: it is shown the inputs before prompts are put in front.
+    """
+
+    path: str | None = None
+
+    @abstractmethod
+    def read(self, embeds: Tensor, places: Places) -> None:
+        """Take in the frozen input embeddings of a call, (batch, time, d_model), and which places are real tokens."""
+
+    @abstractmethod
+    def used(self) -> Tensor:
+        """(rows, entries): what each row of the last call chose, as weights that sum to 1; detached."""
+
+
 class BatchLayout:
     """The last call of each watched module; one object for all deltas of a tuned model."""
 
     def __init__(self) -> None:
         self.places: dict[str, Places] = {}
+        self.choices: dict[int, Tensor] = {}  # what readers chose for the rows of the last call
+        self.text: Tensor | None = None       # (batch, time): where the input text is, if the caller has said
         self.rows: Tensor | None = None  # the rows that a layer is working on, where rows have different deltas
 
     def watch(self, path: str) -> None:
@@ -44,14 +73,49 @@ class BatchLayout:
         finally:
             self.rows = before
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without choices, which belong to a graph and cannot be copied."""
+        return {**self.__dict__, "choices": {}}
+
+    def note(self) -> Note:
+        """What is known of the call that runs now."""
+        return Note(dict(self.places), dict(self.choices))
+
     @contextmanager
-    def set(self, places: dict[str, Places]) -> Iterator[None]:
-        """The notes of another call within a `with` block."""
-        before, self.places = self.places, places
+    def set(self, note: Note) -> Iterator[None]:
+        """What was known of another call within a `with` block."""
+        before = self.places, self.choices
+        self.places, self.choices = dict(note.places), dict(note.choices)
         try:
             yield
         finally:
-            self.places = before
+            self.places, self.choices = before
+
+    @contextmanager
+    def reading(self, labels: Tensor, lengths: Sequence[int] | None = None) -> Iterator[None]:
+        """Within the block the input text of a causal model's rows is what stands before their first label that counts.
+
+        labels: (batch, time) with -100 where nothing is learned; `lengths` of the rows packed into one.
+        """
+        learned = labels != -100
+        parts = [learned] if lengths is None else list(learned.split(list(lengths), 1))
+        before, self.text = self.text, torch.cat([part.cumsum(1) == 0 for part in parts], 1)
+        try:
+            yield
+        finally:
+            self.text = before
+
+    def choice(self, reader: TextReader) -> Tensor:
+        """What a reader chose, (rows, ...), for the rows that are being worked on.
+
+        Raises:
+            RefusedError: the model was not called as a whole.
+        """
+        found = self.choices.get(id(reader))
+        if found is None:
+            raise RefusedError("a choice by the input text has not seen the text", legal="a call of the whole model",
+                               hint="Call the model itself, with input_ids or inputs_embeds.")
+        return found if self.rows is None or len(self.rows) > len(found) else found[self.rows.to(found.device)]
 
     def log_mean(self, path: str, logs: Tensor) -> Tensor:
         """log of the mean of exp(logs) over each row's real tokens: (batch, time) -> (rows, 1), a packed row being a row.

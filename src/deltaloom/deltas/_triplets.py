@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaloom.deltas._adaptive import Rows, silence_rows
 from deltaloom.deltas._orthogonality import residual, step_towards
 from deltaloom.deltas.base import KeepRows
 
@@ -87,14 +88,18 @@ class Triplets(nn.Module):
 
     # ---- what a controller does -----------------------------------------------------------------------------------
 
-    def parts(self) -> list[tuple[nn.Parameter, Tensor | None]]:
-        """The three parameters, with the component that each row belongs to (None: row e is component e's)."""
+    def parts(self) -> list[Rows]:
+        """The three parameters, with the component that each row belongs to."""
         owner = self.owner if self.paired() else None
-        return [(self.core, None), (self.up, owner), (self.down, owner)]
+        return [Rows(self.core), Rows(self.up, owner), Rows(self.down, owner)]
 
-    def silent(self) -> nn.Parameter:
-        """The coefficients: a component whose own is zero does nothing."""
-        return self.core
+    def silence(self) -> None:
+        """A component whose coefficient is zero does nothing."""
+        silence_rows(self.core, self.mask)
+
+    def alive(self) -> Tensor:
+        """Those whose coefficient is not zero."""
+        return self.core.detach().flatten(1).any(1)
 
     def numbers(self) -> Tensor:
         """Trained numbers of each component, (E,), float64."""

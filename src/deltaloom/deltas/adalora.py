@@ -15,7 +15,6 @@ triplets no longer pull on the others through the penalty; what is saved has its
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from deltaloom.allocation import Schedule
 from deltaloom.compact.face import is_conv1d
-from deltaloom.deltas._adaptive import AdaptiveMethod, Policy, Pool, RankController
+from deltaloom.deltas._adaptive import AdaptiveMethod, Policy, Pool, RankController, group_names
 from deltaloom.deltas._orthogonality import sum_of_penalties
 from deltaloom.deltas._peft import PEFT_COMMON, by_suffix, peft_targets, refuse_fields, whole_sites
 from deltaloom.deltas._triplets import Triplets
@@ -113,7 +112,7 @@ class AdaLoRA(AdaptiveMethod):
     def controller(self, attachment: Attachment, plan: StepPlan) -> Controller | None:
         """Ranks under one budget over all sites, counted in ranks as in the paper."""
         schedule = Schedule.of_run(plan.total_steps, self.start, self.end, self.every)
-        names = _group_names(list(attachment.deltas))
+        names = group_names(list(attachment.deltas))
         pools = [_pool(site, names[site], delta.triplets) for site, delta in attachment.deltas.items()
                  if isinstance(delta, AdaLoraDelta)]
         target = max(1, int(self.rank * len(pools) + 1e-9))
@@ -179,15 +178,6 @@ class AdaLoRA(AdaptiveMethod):
             "triplets.up": found["up"][path].T.contiguous(), "triplets.mask": _kept(config.get("rank_pattern"), path, rows)}
             for path, rows in zip(paths, ranks, strict=True)}
         return PeftReading(method, state, frozenset(path + suffix for path in paths for suffix in SUFFIXES.values()))
-
-
-def _group_names(sites: Sequence[Site]) -> dict[Site, str]:
-    """The group that each site is shown in: role and shape, and its place in the block where a block has several such."""
-    names = {site: f"{site.role} {site.d_out}x{site.d_in}" for site in sites}
-    counts = Counter((names[site], site.layer) for site in sites)
-    several = {name for (name, _), count in counts.items() if count > 1}
-    return {site: f"{name} {site.stack} {site.path.removeprefix(f'{site.stack}.{site.layer}.')}" if name in several else name
-            for site, name in names.items()}
 
 
 def _pool(site: Site, group: str, triplets: Triplets) -> Pool:

@@ -10,10 +10,10 @@ Overrides come first, whatever their position: they replace the layer's own tens
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import field_validator
@@ -127,7 +127,8 @@ class PrefixDelta(Delta, ABC):
     def log_gate(self, x: Tensor) -> Tensor | None:
         """What is added to the scores of these keys, from what the attention module reads, x (batch, time, width); None: nothing.
 
-        (batch, time), one for each query, or (rows, 1), one for each row; packed rows are (1, time), or one each.
+        (batch, time), one for each query, or (rows, 1), one for each row, or (rows, 1, length), one for each key and row; packed
+        rows are (1, time), or one each.
         """
         return None
 
@@ -137,7 +138,7 @@ class InputDelta(Delta, ABC):
 
     @abstractmethod
     def rows(self) -> Tensor:
-        """(length, d_model)"""
+        """(length, d_model), or (rows, length, d_model) where each row of the call has its own."""
 
 
 @dataclass(frozen=True)
@@ -196,16 +197,34 @@ class PeftReading:
     used: frozenset[str]
 
 
-KeepRows = Callable[[nn.Parameter, Tensor], nn.Parameter]
+@dataclass(frozen=True)
+class Components:
+    """How one delta falls apart into components that can be kept or dropped one by one.
+
+    `axes`: for every trained tensor of the delta the axis that counts components; None: the tensor is the only component.
+    `zero`: the tensor that makes a component do nothing where its share of it is zero; empty for rows of a prefix or prompt,
+    which are hidden instead. `constants`: buffers with one entry a component, all of them equal.
+    """
+
+    axes: Mapping[str, int | None]
+    zero: str = ""
+    constants: tuple[str, ...] = ()
 
 
-def keep_rows(parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
-    """A new parameter of some rows of another, with their gradient.
+class KeepRows(Protocol):
+    """As `keep_rows`."""
+
+    def __call__(self, parameter: nn.Parameter, rows: Tensor, axis: int = 0) -> nn.Parameter:
+        """The new parameter."""
+
+
+def keep_rows(parameter: nn.Parameter, rows: Tensor, axis: int = 0) -> nn.Parameter:
+    """A new parameter of some rows of another, or slices along another axis, with their gradient.
 
     A new one, because autograd remembers the shape of the old one as long as any earlier loss is alive.
     """
-    kept = nn.Parameter(parameter.data[rows].contiguous(), requires_grad=parameter.requires_grad)
-    kept.grad = None if parameter.grad is None else parameter.grad[rows].contiguous()
+    kept = nn.Parameter(parameter.data.index_select(axis, rows).contiguous(), requires_grad=parameter.requires_grad)
+    kept.grad = None if parameter.grad is None else parameter.grad.index_select(axis, rows).contiguous()
     return kept
 
 
@@ -218,6 +237,14 @@ class StepPlan:
     keep_rows: KeepRows | None = None    # as `keep_rows`, the optimizer taking the new parameter in the old one's place; without
                                          # it nothing is removed before the end
     on_demand: bool = False              # sizes begin at their smallest and change by `Controller.grow` alone
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plain method, and its deltas' tensors by site name."""
+
+    method: Method
+    state: Mapping[str, Mapping[str, Tensor]]
 
 
 class WarmUp(ABC):
@@ -280,6 +307,7 @@ class Method(Settings, ABC):
     peft_types: ClassVar[tuple[str, ...]] = ()   # values of PEFT's `peft_type` that this method reads and writes
     peft_fields: ClassVar[tuple[str, ...]] = ()  # fields by which it is part of another method's PEFT adapter
     asked_as: ClassVar[Mapping[str, str]] = {}   # names that are no method, and how this one does what they ask for
+    offers: ClassVar[Mapping[str, Any] | None] = None  # its settings in a choice where none are given; None: not in it
 
     targets: str | tuple[str, ...] = "all-linear"
     """Which sites: words, names, roles, globs, `re:` expressions; see `deltaloom.sites.find_sites`."""
@@ -327,6 +355,23 @@ class Method(Settings, ABC):
         Only for methods whose tensors change their shapes in training; for all others a misfit is an error later.
         """
         return
+
+    def components(self, delta: Delta) -> Components:
+        """How one of this method's deltas falls apart, for a choice among methods.
+
+        Raises:
+            RefusedError: it does not, or not with these settings.
+        """
+        raise RefusedError(f"'{self.name}' has no components that can be kept or dropped one by one",
+                           hint="Choose from methods that have: `deltaloom methods auto` names them.")
+
+    def resized(self, site: Site, count: int) -> dict[str, Any]:
+        """What is to be set otherwise, so that a site has that many components, each doing there what it does now."""
+        return {}
+
+    def settled_as(self, attachment: Attachment) -> tuple[Outcome, ...] | None:
+        """After training: the plain methods, in order, that these deltas are now; None: this one as it stands."""
+        return None
 
     def to_peft(self, attachment: Attachment, model: nn.Module) -> PeftPart:
         """These deltas as PEFT holds them; `model` is the bare model.
@@ -378,6 +423,12 @@ def methods_from(entries: Sequence[Mapping[str, Any]], where: str = "deltas") ->
         SettingsError: as `method_from`; no such preset.
     """
     return tuple(method_from(record, place) for place, record in expanded(entries, where))
+
+
+def methods_offered() -> tuple[Method, ...]:
+    """Every method that offers itself for a choice among methods, with the settings that it offers."""
+    classes = [_class(name) for name in names_in("deltaloom.deltas")]
+    return tuple(cls(**cls.offers) for cls in classes if cls.offers is not None)
 
 
 def _class(name: str) -> type[Method]:

@@ -9,14 +9,14 @@ is left alone: the task trains it whole, and a language model's shares its weigh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from deltaloom.deltas._peft import modules_ending, whole_sites
-from deltaloom.deltas.base import AttachContext, Attachment, Delta, Method, PeftPart, PeftReading, layer_indices
+from deltaloom.deltas.base import AttachContext, Attachment, Components, Delta, Method, PeftPart, PeftReading, layer_indices
 from deltaloom.errors import CheckpointError, RefusedError
 from deltaloom.sites import Kind, Site, all_sites, find_sites
 
@@ -47,6 +47,7 @@ class BitFit(Method):
     name: ClassVar[str] = "bitfit"
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "norm")
     peft_fields: ClassVar[tuple[str, ...]] = (PEFT_FIELD,)
+    offers: ClassVar[Mapping[str, Any] | None] = {}
 
     targets: str | tuple[str, ...] = "all"
     """Which layers, among those that can carry a bias (see `new`)."""
@@ -67,6 +68,10 @@ class BitFit(Method):
     def attach(self, sites: Sequence[Site], context: AttachContext) -> Attachment:
         """One increment for each bias."""
         return Attachment({site: BitFitDelta(site.d_out) for site in sites})
+
+    def components(self, delta: Delta) -> Components:
+        """The whole increment is one."""
+        return Components({"bias": None}, "bias")
 
     def to_peft(self, attachment: Attachment, model: nn.Module) -> PeftPart:
         """The `bias` of PEFT's LoRA, which holds the biases themselves."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from deltaloom.compact.face import affine_shape, is_conv1d
 from deltaloom.deltas._peft import by_suffix, peft_targets, whole_sites
-from deltaloom.deltas._ranked import PEFT_TYPE, RankedMethod, check_peft_ranks, read_peft_settings, write_peft_config
-from deltaloom.deltas.base import AttachContext, Attachment, LowRankDelta, PeftPart, PeftReading
+from deltaloom.deltas._ranked import PEFT_TYPE, RankedMethod, alpha_of, check_peft_ranks, read_peft_settings, write_peft_config
+from deltaloom.deltas.base import AttachContext, Attachment, Components, Delta, LowRankDelta, PeftPart, PeftReading
 from deltaloom.errors import CheckpointError, RefusedError
 from deltaloom.sites import Kind, Site
 
@@ -86,6 +86,7 @@ class LoRA(RankedMethod):
     name: ClassVar[str] = "lora"
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding")
     peft_types: ClassVar[tuple[str, ...]] = (PEFT_TYPE,)
+    offers: ClassVar[Mapping[str, Any] | None] = {"rank": 4, "alpha": 8}
     asked_as: ClassVar[Mapping[str, str]] = {
         "qlora": "That is a combination: quantise the base and use lora: write base: {quantise: nf4} and deltas: "
                  "[{method: lora}] in the run file.",
@@ -116,6 +117,22 @@ class LoRA(RankedMethod):
             else:
                 down.normal_(0.0, 1.0 / math.sqrt(site.d_in), generator=context.generator)
         return LoraDelta(down, up, scale, self.dropout)
+
+    def components(self, delta: Delta) -> Components:
+        """Rank-one terms; a column of B that is zero does nothing.
+
+        Raises:
+            RefusedError: PiSSA's terms have a frozen start that belongs to them.
+        """
+        if self.init == "pissa":
+            raise RefusedError("PiSSA's terms start at frozen ones, from which none can be taken away",
+                               hint="Write init: gaussian.")
+        return Components({"down": 0, "up": 1}, "up", ("scale",))
+
+    def resized(self, site: Site, count: int) -> dict[str, Any]:
+        """The rank, and the alpha that keeps the scale."""
+        _, scale = self._rank_and_scale(site)
+        return {"rank": count, "alpha": alpha_of(count, scale, self.rslora), "rank_pattern": {}, "alpha_pattern": {}}
 
     def to_peft(self, attachment: Attachment, model: nn.Module) -> PeftPart:
         """One pair for each layer; several parts of a fused layer become one pair with zero rows around each part."""

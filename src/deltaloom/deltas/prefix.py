@@ -17,7 +17,7 @@ sees it and 2.24 if it does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -30,7 +30,7 @@ from deltaloom.attention import attention_shape, check_supported
 from deltaloom.deltas._peft import refuse_fields
 from deltaloom.deltas._positions import PositionShift, is_rotary, keys_values, position_table, turned
 from deltaloom.deltas._tokens import text_tokens, vocabulary_tokens
-from deltaloom.deltas.base import AttachContext, Attachment, Delta, Method, PeftPart, PeftReading, PrefixDelta
+from deltaloom.deltas.base import AttachContext, Attachment, Components, Delta, Method, PeftPart, PeftReading, PrefixDelta
 from deltaloom.errors import CheckpointError, RefusedError
 from deltaloom.sites import Kind, Site, all_sites, input_layer
 
@@ -128,6 +128,7 @@ class Prefix(Method):
     name: ClassVar[str] = "prefix"
     kinds: ClassVar[tuple[Kind, ...]] = ("attention",)
     peft_types: ClassVar[tuple[str, ...]] = (PEFT_TYPE,)
+    offers: ClassVar[Mapping[str, Any] | None] = {"length": 8}
 
     targets: str | tuple[str, ...] = "attention"
     """Which attention modules; in encoder-decoders the self-attention of both sides."""
@@ -174,6 +175,22 @@ class Prefix(Method):
         for delta in made.values():
             delta.spares_first = self.spares_first
         return Attachment({**deltas, **made}, shared)
+
+    def components(self, delta: Delta) -> Components:
+        """The key and the value of each place.
+
+        Raises:
+            RefusedError: keys and values come from a network of all layers, or the text's positions depend on the length.
+        """
+        if self.reparametrise is not None or self.position_shift:
+            raise RefusedError("the places of this prefix hang together, none can be left out in one layer alone",
+                               got="reparametrise" if self.reparametrise is not None else "position_shift",
+                               hint="Leave that setting out.")
+        return Components({"keys": 0, "values": 0})
+
+    def resized(self, site: Site, count: int) -> dict[str, Any]:
+        """The length; whether the first token sees it stays as it is, wherever the prefix is left."""
+        return {"length": count, "first_token": "alone" if self.spares_first else "sees"}
 
     @property
     def spares_first(self) -> bool:

@@ -9,7 +9,7 @@ of encoder-decoders. The rows take the first positions, and the text follows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deltaloom.deltas._peft import refuse_fields
 from deltaloom.deltas._tokens import check_reads_embeddings, text_tokens, vocabulary_tokens
-from deltaloom.deltas.base import AttachContext, Attachment, InputDelta, Method, PeftPart, PeftReading
+from deltaloom.deltas.base import AttachContext, Attachment, Components, Delta, InputDelta, Method, PeftPart, PeftReading
 from deltaloom.errors import CheckpointError, RefusedError
 from deltaloom.sites import Kind, Site, all_sites
 
@@ -72,6 +72,14 @@ class Prompt(Method):
         """
         check_reads_embeddings(context.model)
         return Attachment({site: PromptDelta(self._initial(site, context)) for site in sites})
+
+    def components(self, delta: Delta) -> Components:
+        """Rows."""
+        return Components({"prompt": 0})
+
+    def resized(self, site: Site, count: int) -> dict[str, Any]:
+        """The number of rows."""
+        return {"length": count}
 
     def _initial(self, site: Site, context: AttachContext) -> Tensor:
         layer = context.layer(site)

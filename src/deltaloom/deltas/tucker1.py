@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from deltaloom.allocation import Schedule
-from deltaloom.deltas._adaptive import AdaptiveMethod, Policy, Pool, RankController
+from deltaloom.deltas._adaptive import AdaptiveMethod, Policy, Pool, RankController, Rows, silence_rows
 from deltaloom.deltas._orthogonality import residual, step_towards
 from deltaloom.deltas._triplets import orthonormal_rows
 from deltaloom.deltas.base import (
@@ -82,13 +82,17 @@ class Tucker1Delta(LowRankDelta):
 
     # ---- what the controller does with the rows -------------------------------------------------------------------
 
-    def parts(self) -> list[tuple[nn.Parameter, Tensor | None]]:
+    def parts(self) -> list[Rows]:
         """The private factor."""
-        return [(self.private, None)]
+        return [Rows(self.private)]
 
-    def silent(self) -> nn.Parameter:
-        """The private factor: a row of zeros does nothing."""
-        return self.private
+    def silence(self) -> None:
+        """A row of zeros in the private factor does nothing."""
+        silence_rows(self.private, self.mask)
+
+    def alive(self) -> Tensor:
+        """Those with a row that is not zero."""
+        return self.private.detach().flatten(1).any(1)
 
     def numbers(self) -> Tensor:
         """Trained numbers of each row, (K,)."""

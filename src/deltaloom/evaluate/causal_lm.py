@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import ClassVar
 
 import numpy as np
@@ -89,16 +90,22 @@ def causal_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tenso
     wanted = labels.flatten()[places + 1]
     if isinstance(model, PlaceLosses):
         return model.place_losses(batch, places, wanted), places, labels
+    packed = batch.inputs.get("segments")
+    with model.routing.layout.reading(labels, packed and packed.lengths) if isinstance(model, Tuned) else nullcontext():
+        return _losses_at(model, batch, places, wanted), places, labels
+
+
+def _losses_at(model: nn.Module, batch: Batch, places: Tensor, wanted: Tensor) -> Tensor:
     if has_plain_head(model):
         hidden, head = hidden_and_head(model, batch.inputs)
         chosen = hidden.flatten(0, 1)[places]
         # an exact type and not isinstance: a wrapper or a subclass may compute something else
         if type(head) is nn.Linear:
-            return token_losses(chosen, head.weight, head.bias, wanted), places, labels
+            return token_losses(chosen, head.weight, head.bias, wanted)
         scores = head(chosen)
     else:
         scores = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)[places]
-    return F.cross_entropy(scores.float(), wanted, reduction="none"), places, labels
+    return F.cross_entropy(scores.float(), wanted, reduction="none")
 
 
 def has_plain_head(model: nn.Module) -> bool:

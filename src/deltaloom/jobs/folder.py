@@ -15,7 +15,7 @@ from deltaloom.files import disk_errors, write_atomic
 
 # What a run writes; --overwrite removes these and leaves anything else alone.
 OWN = ("run.yaml", "environment.json", "events.jsonl", "metrics.json", "report.html", "delta", "checkpoints",
-       "predictions.jsonl", "README.md", "tensorboard")
+       "predictions.jsonl", "README.md", "tensorboard", "deltas.yaml")
 
 
 def check_folder(path: Path, *, resume: bool, overwrite: bool, own: Sequence[str] = OWN, mark: str = "run.yaml") -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from deltaloom.checkpoint import native
 from deltaloom.checkpoint.peft import write_peft
@@ -19,7 +20,7 @@ from deltaloom.checkpoint.record import read_record
 from deltaloom.deltas.base import StepPlan, method_record
 from deltaloom.errors import RefusedError, SettingsError
 from deltaloom.evaluate.base import Prediction
-from deltaloom.events import Attached, DataRead, Emitter, JsonLines, Sampled, Sink, Warned, finite
+from deltaloom.events import Acted, Attached, DataRead, Emitter, JsonLines, Sampled, Sink, Warned, finite
 from deltaloom.files import write_atomic
 from deltaloom.jobs.doctor import environment
 from deltaloom.jobs.engine import Engine, Here, Loop, feed_of, measured, written
@@ -29,6 +30,7 @@ from deltaloom.jobs.opening import needs_delta
 from deltaloom.jobs.prepare import DTYPES, Parts, Prepared, Say, head_methods, model_source, parse_parts, prepare
 from deltaloom.jobs.runfile import Run, resolved_yaml
 from deltaloom.jobs.scoring import Scores, class_rows, majority
+from deltaloom.jobs.usage import tell_usage
 from deltaloom.models.compact import form_of
 from deltaloom.report.card import model_card
 from deltaloom.report.facts import read_run
@@ -43,9 +45,10 @@ from deltaloom.train.progress import planned_steps
 from deltaloom.train.run import TrainResult
 from deltaloom.train.sharding import check_shard, shard_base
 from deltaloom.train.team import SINGLE, Team
-from deltaloom.tuned import Tuned, attach, restore
+from deltaloom.tuned import Tuned, attach, restore, settle
 
 Through = Callable[[Prepared], Engine]
+SETTLED = "deltas.yaml"  # in the run folder: the plain list of methods that a choice has come to
 Prepare = Callable[..., Prepared]
 """As `prepare.prepare`."""
 
@@ -149,7 +152,9 @@ def _run(engine: Engine, folder: Path, emit: Emitter, say: Say, *, announced: bo
         + (f", and a head of {count(heads)}" if heads else ""))
     rate = team.size * matmul_rate(DTYPES[prepared.precision], device=team.device) / flops
     result = engine.train(Loop(emit, folder, _identity(prepared), rate))
+    _settle(tuned, result.step, folder if team.first else None, emit)
     scores, shown = engine.scores(), engine.shown()
+    tell_usage(prepared.task, engine.model, tuned, prepared.held, engine.rows, result.step, emit)
     return team.once(lambda: _finish(engine, result, scores, shown, folder, emit, say, total=total, flops=flops,
                                      started=(deltas, heads)))
 
@@ -290,6 +295,19 @@ def _finish(engine: Engine, result: TrainResult, scores: Scores, shown: Sequence
     write_report([folder], folder / "report.html")
     _tell(metrics, prepared, folder, say)
     return finite(metrics)
+
+
+def _settle(tuned: Tuned, step: int, folder: Path | None, emit: Emitter) -> None:
+    """Let methods that stand for others become these, and write the list that a run file would state (None: another does)."""
+    if not settle(tuned) or folder is None:
+        return
+    parts = [part for part in tuned.attached() if not part.is_head]
+    numbers = [sum(p.numel() for _, module in part.named_deltas() for p in module.parameters()) for part in parts]
+    sizes = [f"{part.method.name} at {len(part.attachment.deltas)} places, {count(own)} numbers"
+             for part, own in zip(parts, numbers, strict=True)]
+    emit(Acted(step=step, action="settled", reason=f"the deltas are now {'; '.join(sizes)}: {SETTLED}"))
+    records = [method_record(part.method) for part in parts]
+    write_atomic(folder / SETTLED, yaml.safe_dump({"deltas": records}, sort_keys=False, allow_unicode=True, width=120))
 
 
 def _write_predictions(path: Path, predictions: Sequence[Prediction], rows: Sequence[Any], numbers: Sequence[int]) -> None:

@@ -38,13 +38,14 @@ from deltaloom.report.tables import (
     Setting,
     SiteRow,
     Sizes,
+    UsageRow,
     WarningRow,
 )
 from deltaloom.report.text import figure
 
 _LOWER_IS_BETTER = re.compile(r"loss|perplexity|error|(^|_)(mse|mae|rmse|wer|cer|nll|ppl|ece|brier)($|_)", re.IGNORECASE)
 _MOST = {"samples": 40, "warnings": 200, "settings": 1000, "classes": 200, "sites": 300, "labels": 200, "actions": 200,
-         "first_rows": 10}
+         "first_rows": 10, "groups": 60, "entries": 64, "choices": 4}
 _DATA_PLACED = ("format", "rows", "eval_rows", "labels", "eval_labels", "label_order", "lengths", "first_rows", "warnings")
 
 def read_run(folder: Path) -> RunFacts:
@@ -89,15 +90,34 @@ def read_run(folder: Path) -> RunFacts:
         depth=depth_rows(folder, missing),
         settings=_settings(run, missing),
         environment=tuple(islice(flattened(environment), _MOST["settings"])),
+        usage=_usage(kinds["Routed"], missing),
         missing=tuple(missing),
         privacy=privacy_of(kinds["Privacy"][-1] if kinds["Privacy"] else as_mapping(result.get("privacy"))),
     )
 
 
+def _usage(records: list[dict[str, Any]], missing: list[str]) -> tuple[tuple[UsageRow, ...], ...]:
+    """The tables of the last step that has some."""
+    last = [record for record in records if record.get("step") == records[-1].get("step")]
+    tables = []
+    for record in last[:_MOST["choices"]]:
+        rows = []
+        for group in as_rows(record.get("groups")):
+            shares = group.get("shares")
+            numbers = [as_number(share) for share in shares[:_MOST["entries"]]] if isinstance(shares, list) else []
+            count = as_count(group.get("rows"))
+            if count is not None and numbers and None not in numbers:
+                rows.append(UsageRow(as_text(group.get("by"), 40), as_text(group.get("name"), 200), count,
+                                     tuple(share for share in numbers if share is not None)))
+        wide = max((len(row.shares) for row in rows), default=0)
+        tables.append(_cut([row for row in rows if len(row.shares) == wide], "groups", missing))
+    return tuple(table for table in tables if table)
+
+
 def _by_kind(records: list[dict[str, Any]], missing: list[str]) -> dict[str, list[dict[str, Any]]]:
     kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (
-        "DataRead", "Attached", "Sampled", "Started", "Step", "Evaluated", "Saved", "Warned", "RankChanged", "Acted", "Privacy",
-        "Finished")}
+        "DataRead", "Attached", "Sampled", "Started", "Step", "Evaluated", "Saved", "Warned", "RankChanged", "Routed", "Acted",
+        "Privacy", "Finished")}
     unknown: Counter[str] = Counter()
     for record in records:
         kind = as_text(record["event"], 100)

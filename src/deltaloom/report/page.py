@@ -96,7 +96,8 @@ def _view(run: RunFacts, name: str, prefix: str) -> RunView:
         changes=_changes(run), classes=_classes(run), labels=_labels(run), ranks=rank_views(run.ranks), has_data=has_data,
         sections=[("Results", bool(run.metrics)), ("Curves", bool(charts)), ("Samples", bool(run.samples)),
                   ("Privacy", run.privacy is not None), ("Warnings", bool(run.warnings)), ("Sites", bool(run.sites)),
-                  ("Ranks", bool(run.ranks)), ("Depth", bool(run.depth)), ("Data", has_data), ("Timeline", bool(run.timeline)),
+                  ("Ranks", bool(run.ranks)), ("Depth", bool(run.depth)), ("Choices", bool(run.usage)), ("Data", has_data),
+                  ("Timeline", bool(run.timeline)),
                   ("Settings", bool(run.settings)), ("Environment", bool(run.environment))])
 
 

@@ -120,6 +120,16 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class UsageRow:
+    """How some evaluation rows share the entries of a choice by the input text; `by` is all, label or file."""
+
+    by: str
+    name: str
+    rows: int
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class RankGroup:
     """A group of layers while a controller changed its ranks: `ranks[change][row]`, `importance[change][row]`; None: unknown."""
 
@@ -231,6 +241,7 @@ class RunFacts:
     environment: tuple[tuple[str, str], ...]
     missing: tuple[str, ...]
     privacy: Privacy | None = None
+    usage: tuple[tuple[UsageRow, ...], ...] = ()  # one table for each choice by the input text
 
     def setting(self, key: str) -> str:
         """The value of one setting as text, or nothing."""

@@ -89,14 +89,15 @@ def load_optimizer_state(optimizer: Optimizer, parameters: Mapping[str, nn.Param
 def row_keeper(optimizer: Optimizer, changed: Callable[[], None] = lambda: None) -> KeepRows:
     """Replaces a parameter by one of some of its rows, in the optimizer too, with what that holds of these rows."""
 
-    def keep(parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
-        kept = keep_rows(parameter, rows)
+    def keep(parameter: nn.Parameter, rows: Tensor, axis: int = 0) -> nn.Parameter:
+        kept = keep_rows(parameter, rows, axis)
         for group in optimizer.param_groups:
             group["params"] = [kept if own is parameter else own for own in group["params"]]
         if parameter in optimizer.state:
             held = optimizer.state.pop(parameter)
-            optimizer.state[kept] = {key: value[rows].contiguous() if isinstance(value, Tensor) and value.ndim
-                                     and value.shape == parameter.shape else value for key, value in held.items()}
+            optimizer.state[kept] = {key: value.index_select(axis, rows).contiguous()
+                                     if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape else value
+                                     for key, value in held.items()}
         changed()
         return kept
 

@@ -3,5 +3,6 @@
 from deltaloom.tuned.attached import Attached
 from deltaloom.tuned.model import Tuned, attach, restore
 from deltaloom.tuned.saved import SavedDelta, SavedMethod, stacked
+from deltaloom.tuned.settled import settle
 
-__all__ = ["Attached", "SavedDelta", "SavedMethod", "Tuned", "attach", "restore", "stacked"]
+__all__ = ["Attached", "SavedDelta", "SavedMethod", "Tuned", "attach", "restore", "settle", "stacked"]

@@ -6,7 +6,7 @@ A `Routing` that all wrappers of a tuned model share says which named deltas (la
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaloom.architectures import NOT_BY_ROW
 from deltaloom.compact.face import own_tensors, own_types
-from deltaloom.deltas._layout import BatchLayout, Places
+from deltaloom.deltas._layout import BatchLayout, Note
 from deltaloom.deltas.base import Delta, LowRankDelta
 from deltaloom.errors import RefusedError
 from deltaloom.kernels.low_rank import Affine, low_rank_linear
@@ -63,11 +63,11 @@ class Routing:
 
     def kept(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts for an activation checkpoint: its forward, and its running again with the lanes and the layout of now."""
-        return nullcontext(), self._again(self.lanes, dict(self.layout.places))
+        return nullcontext(), self._again(self.lanes, self.layout.note())
 
     @contextmanager
-    def _again(self, lanes: str | tuple[str | None, ...] | None, places: Mapping[str, Places]) -> Iterator[None]:
-        with self.set(lanes), self.layout.set(dict(places)):
+    def _again(self, lanes: str | tuple[str | None, ...] | None, note: Note) -> Iterator[None]:
+        with self.set(lanes), self.layout.set(note):
             yield
 
 

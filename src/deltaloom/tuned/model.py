@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaloom.deltas._layout import Places, TextReader
 from deltaloom.deltas.base import AttachContext, Controller, Delta, InputDelta, Method, PrefixDelta, StepPlan, WarmUp
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError, did_you_mean
 from deltaloom.sites import Site, output_layer
 from deltaloom.tuned.adapted import Adapted, Routing, Tap, lanes_of, replace_module, wrappers
 from deltaloom.tuned.attached import Attached, check_together, fit_to, refuse_reentrant, replaced_tensors, state_of
 from deltaloom.tuned.merging import Merged, MergeFacts, merge, unmerge
-from deltaloom.tuned.places import Watchers
+from deltaloom.tuned.places import Watchers, is_a_decoder, show
 from deltaloom.tuned.prefixes import has_prefixes, install_prefix, taps_of_prefixes, uninstall_prefix
 from deltaloom.tuned.prompts import insert_prompt, strip_prompt
 from deltaloom.tuned.saved import SavedDelta, SavedMethod, attach_saved, misfits
@@ -40,7 +41,7 @@ class Tuned(nn.Module):
         self.shared = nn.ModuleDict()
         self.prompts = nn.ModuleDict()
         self.prefixes = nn.ModuleDict()  # registered here, so that devices and modes reach them; the attention modules ask them
-        self.watchers = Watchers(self.routing.layout)
+        self.watchers = Watchers(self.routing.layout, self.readers)
         self.merged: str | None = None
         self.kept: Merged | None = None
         self.training = model.training
@@ -318,17 +319,31 @@ class Tuned(nn.Module):
         """
         if self.training and torch.is_grad_enabled():
             refuse_reentrant(self.model)
-        if not self._prompting():
-            return self.model(*args, **inputs)
-        prepared, length = self.prepared(inputs)
-        return strip_prompt(self.model(*args, **prepared), length, self.model)
+        labels = inputs.get("labels")
+        with ExitStack() as stack:
+            if isinstance(labels, Tensor) and labels.ndim == 2 and is_a_decoder(self.model):
+                stack.enter_context(self.routing.layout.reading(labels))
+            if not self._prompting():
+                return self.model(*args, **inputs)
+            prepared, length = self.prepared(inputs)
+            return strip_prompt(self.model(*args, **prepared), length, self.model)
 
     def prepared(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """The model's inputs with the prompt's rows in front, and how many rows these are (0 without a prompt)."""
         if not self._prompting():
             return inputs, 0
-        prompts = {lane: delta.rows() for lane, delta in self.prompts.items() if isinstance(delta, InputDelta)}
+        readers = [reader for reader in self.readers() if reader.path is None]
+        if readers:
+            mask = inputs.get("attention_mask")
+            show(readers, self.model, inputs, Places(None if mask is None else mask != 0), self.routing.layout.text)
+        lanes = self.in_use()
+        prompts = {lane: delta.rows() for lane, delta in self.prompts.items() if lane in lanes and isinstance(delta, InputDelta)}
         return insert_prompt(self.model, inputs, prompts, self.routing)
+
+    def readers(self) -> list[TextReader]:
+        """What decides something by the input text of each row, of the lanes in use."""
+        lanes = set(self.in_use())
+        return [module for key, module in self.shared.items() if isinstance(module, TextReader) and key.split("/")[0] in lanes]
 
     def _prompting(self) -> bool:
         return any(lane in self.prompts for lane in self.in_use())

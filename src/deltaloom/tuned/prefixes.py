@@ -30,11 +30,11 @@ class RoutedPrefix(PrefixSlot):
         found = [(rows, self._of_lane(str(lane), rows)) for lane, rows in groups if lane in self.lanes]
         for tap in self.taps.values():
             tap.value = None  # of lanes that are not in use
-        if not found:
+        length = max((own.keys.shape[0] for _, own in found), default=0)
+        if not length:  # none, or one of which nothing is left
             return None
         if found[0][0] is None:
             return found[0][1]
-        length = max(own.keys.shape[0] for _, own in found)
         first = found[0][1].keys
         keys, values = (first.new_zeros(count, length, *first.shape[1:]) for _ in range(2))
         visible, spared = (torch.zeros(count, length, dtype=torch.bool, device=first.device) for _ in range(2))
@@ -57,10 +57,16 @@ class RoutedPrefix(PrefixSlot):
         x = self.taps[lane].take()
         with self.routing.layout.narrowed(rows):
             logs = [delta.log_gate(x if rows is None else x[rows.to(x.device)]) for delta in deltas]
-        shape = next(each.shape for each in logs if each is not None)
-        columns = [(keys.new_zeros(shape) if each is None else each)[..., None].expand(*shape, len(own))
-                   for each, (own, _) in zip(logs, pairs, strict=True)]
-        return PrefixRows(keys, values, None, torch.cat(columns, -1), spared)
+        return PrefixRows(keys, values, None, _by_key(logs, [len(own) for own, _ in pairs], keys), spared)
+
+
+def _by_key(logs: Sequence[Tensor | None], lengths: Sequence[int], like: Tensor) -> Tensor:
+    """The gates of a lane's prefixes as one (rows, 1 | T, P): each is None, one number for its keys, or one for each of them."""
+    given = [each if each.ndim == 3 else each[..., None] for each in logs if each is not None]
+    rows, time = max(each.shape[0] for each in given), max(each.shape[1] for each in given)
+    whole = iter(given)
+    columns = [like.new_zeros(1, 1, 1) if each is None else next(whole) for each in logs]
+    return torch.cat([each.expand(rows, time, length) for each, length in zip(columns, lengths, strict=True)], -1)
 
 
 def _spared(deltas: Sequence[PrefixDelta], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:

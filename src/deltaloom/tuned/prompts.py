@@ -18,7 +18,8 @@ def insert_prompt(model: nn.Module, inputs: dict[str, Any], prompts: dict[str, T
                   routing: Routing) -> tuple[dict[str, Any], int]:
     """The model's inputs with each row's prompt in front, and the number of rows put there (the longest prompt).
 
-    `prompts` holds (length, d_model) for each lane. Shorter prompts and rows without one are padded in front and masked.
+    `prompts` holds (length, d_model) for each lane, or (batch, length, d_model). Shorter prompts and rows without one are
+    padded in front and masked.
     """
     inputs = dict(inputs)
     embeds = inputs.pop("inputs_embeds", None)
@@ -26,7 +27,7 @@ def insert_prompt(model: nn.Module, inputs: dict[str, Any], prompts: dict[str, T
         embeds = input_layer(model)(inputs.pop("input_ids"))  # type: ignore[misc]
     batch = embeds.shape[0]
     groups = routing.groups(batch)
-    length = max(prompts[lane].shape[0] for lane, _ in groups if lane in prompts)
+    length = max(prompts[lane].shape[-2] for lane, _ in groups if lane in prompts)
     front = embeds.new_zeros(batch, length, embeds.shape[-1])
     seen = torch.zeros(batch, length, dtype=torch.long, device=embeds.device)
     for lane, rows in groups:
@@ -35,9 +36,9 @@ def insert_prompt(model: nn.Module, inputs: dict[str, Any], prompts: dict[str, T
         block = prompts[lane].to(embeds.dtype)
         where = slice(None) if rows is None else rows
         count = batch if rows is None else len(rows)
-        padded = torch.cat((embeds.new_zeros(length - block.shape[0], block.shape[1]), block))
-        front[where] = padded.expand(count, -1, -1)
-        seen[where, length - block.shape[0]:] = 1
+        block = block[where] if block.ndim == 3 else block
+        front[where] = nn.functional.pad(block, (0, 0, length - block.shape[-2], 0)).expand(count, -1, -1)
+        seen[where, length - block.shape[-2]:] = 1
     inputs["inputs_embeds"] = torch.cat((front, embeds), 1)
     _place(model, inputs, embeds.shape[1], seen)
     mask = inputs.get("attention_mask")
