@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from deltaloom.jobs.prepare import parse_parts, prepare
 from deltaloom.jobs.runfile import parse_run
 from deltaloom.jobs.tune import attached
 from deltaloom.models import bundled_path
+from deltaloom.train.modes import faster_dropout, training_mode
 
 BATCH, ROWS, CHOSEN = 32, 1600, slice(5, 45, 4)
 Step = Callable[[Any], None]
@@ -41,7 +43,9 @@ def prepared(data: Path, output: str) -> Any:
 
 def ours(ready: Any) -> Step:
     tuned = attached(ready)
-    tuned.train()
+    modes = ExitStack()  # never left: as in the loop
+    modes.enter_context(training_mode(tuned, True))
+    modes.enter_context(faster_dropout(tuned))
     trained = [p for p in tuned.parameters() if p.requires_grad]
 
     def step(batch: Any) -> None:
