@@ -53,7 +53,8 @@ def test_saved_and_loaded_it_is_the_same_to_the_last_bit(case, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert {id(p) for p in again.parameters() if p.requires_grad} == {id(p) for p in again.delta_parameters().values()}
     facts = delta_file_facts(tmp_path / "delta")
-    assert facts.parameters == sum(p.numel() for p in tuned.delta_parameters().values()) or "pissa" in case.id
+    fixed = "pissa" in case.id or case.name == "route"  # these keep numbers that are not trained
+    assert facts.parameters == sum(p.numel() for p in tuned.delta_parameters().values()) or fixed
     assert facts.record.seed == 7 and facts.record.data == {"rows": 3} and facts.record.base.labels == ["a", "b"]
     assert [site.site for site in facts.record.sites] == [site.name for site, _ in tuned.pairs()]
     assert sum(site.parameters for site in facts.record.sites) >= facts.parameters or tuned.shared

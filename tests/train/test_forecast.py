@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deltaloom.data.encode import Example
+from deltaloom.deltas.route import Route
 from deltaloom.errors import ResourceError
 from deltaloom.train.forecast import STATE_BYTES, Trial, check_memory, forecast, needed_bytes, saved_bytes
 from deltaloom.train.modes import faster_dropout, training_mode
@@ -48,8 +49,12 @@ def test_the_need_is_that_of_the_largest_micro_batch_with_the_optimizer():
     assert needed_bytes(tried) - STATE_BYTES * numbers == pytest.approx(counted, rel=0.05)
 
 
-def test_trying_changes_nothing():
-    tuned = tuned_model()
+ROUTE = Route(delta={"method": "prefix", "length": 2}, pool=2, top=1)  # counts texts while training
+
+
+@pytest.mark.parametrize("methods", [None, [ROUTE]], ids=["lora", "route"])
+def test_trying_changes_nothing(methods):
+    tuned = tuned_model(methods)
     before, own = state_of(tuned), {name: tensor.clone() for name, tensor in tuned.model.state_dict().items()}
     random.seed(5)
     np.random.seed(5)

@@ -8,8 +8,8 @@ first step. `forecast` then runs micro-batches of several sizes, the largest amo
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,7 +131,7 @@ def saved_bytes(tuned: Tuned, task: Learner, batch: Batch) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # with its history, a node would keep itself alive through an output that it saves
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         total, _ = task.loss(tuned, batch)
@@ -140,9 +140,21 @@ def saved_bytes(tuned: Tuned, task: Learner, batch: Batch) -> int:
     return found
 
 
+@contextmanager
+def _kept_buffers(tuned: Tuned) -> Iterator[None]:
+    """What deltas count while training is afterwards what it was."""
+    held = [(buffer, buffer.clone()) for part in tuned.attached() for _, module in part.named_deltas()
+            for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, before in held:
+            buffer.copy_(before)
+
+
 def _as_in_training(trial: Trial) -> ExitStack:
     stack = ExitStack()
-    for mode in (keep_random_states(), training_mode(trial.tuned, True), faster_dropout(trial.tuned),
+    for mode in (keep_random_states(), _kept_buffers(trial.tuned), training_mode(trial.tuned, True), faster_dropout(trial.tuned),
                  gradient_checkpointing(trial.tuned, trial.settings.gradient_checkpointing)):
         stack.enter_context(mode)
     return stack
