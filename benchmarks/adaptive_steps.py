@@ -47,6 +47,7 @@ from deltaloom.train.modes import faster_dropout, training_mode
 from deltaloom.train.progress import Progress
 from deltaloom.train.run import Run
 from deltaloom.train.settings import TrainSettings
+from deltaloom.train.team import SINGLE
 from deltaloom.tuned import Tuned
 
 TEMPLATE = "Data: {prompt}\nText:"
@@ -135,7 +136,8 @@ def our_entry(tuned: Tuned, prepared: Prepared, feed: FixedSteps, name: str, ran
     tuned.add(lane, [method_from(record_of(name, rank))], tokenizer=prepared.loaded.tokenizer)
     settings = TrainSettings(max_steps=total, batch_size=prepared.parts.train.batch_size)
     run: Run = _assembled(tuned, prepared.task, feed, settings, Emitter(), Progress(total), PeakMemory(tuned.device),
-                          floor_rate=None, evaluate=None, goal=LOSS, folder=None, log=None, identity={}, strategy=None)
+                          floor_rate=None, evaluate=None, goal=LOSS, folder=None, log=None, identity={}, strategy=None,
+                          team=SINGLE)
     with training_mode(tuned, True):
         _warm_up(run)  # initial values from gradients: before the first step, so in no time of a step
 

@@ -38,6 +38,7 @@ from deltaloom.train.modes import faster_dropout, training_mode
 from deltaloom.train.progress import Progress
 from deltaloom.train.run import Run
 from deltaloom.train.settings import TrainSettings
+from deltaloom.train.team import SINGLE
 from deltaloom.tuned import attach
 
 MODEL = "bundled:smollm2-135m-instruct"
@@ -98,7 +99,8 @@ def stepper(prepared: Prepared, feed: FixedSteps, total: int) -> Run:
     tuned = attach(prepared.loaded.model, [LoRA(rank=8, alpha=16)])
     settings = TrainSettings(max_steps=total, batch_size=prepared.parts.train.batch_size)
     return _assembled(tuned, prepared.task, feed, settings, Emitter(), Progress(total), PeakMemory(tuned.device),
-                      floor_rate=None, evaluate=None, goal=LOSS, folder=None, log=None, identity={}, strategy=None)
+                      floor_rate=None, evaluate=None, goal=LOSS, folder=None, log=None, identity={}, strategy=None,
+                      team=SINGLE)
 
 
 def measure_steps(given: argparse.Namespace) -> dict[str, Any]:
