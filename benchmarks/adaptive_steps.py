@@ -84,6 +84,9 @@ class FixedSteps:
     def place(self, row: int) -> str:
         return self.feed.place(row)
 
+    def dealt(self, step: Sequence[Sequence[int]], number: int, size: int) -> Sequence[Sequence[int]]:
+        return self.feed.dealt(step, number, size)
+
 
 @dataclass
 class Entry:
