@@ -47,8 +47,8 @@ def classify(path: str, train: list[dict], dev: list[dict], labels: list[str], *
     encode = lambda rows: [{**tokenizer(r["text"], truncation=True, max_length=max_length),  # noqa: E731
                             "labels": labels.index(r["label"])} for r in rows]
     examples, held = encode(train), encode(dev)
-    clock, trainer = _trainer(model, examples, held, lambda rows: tokenizer.pad(rows, return_tensors="pt"), rate=rate, seed=seed,
-                              epochs=epochs, batch=batch, bf16=bf16)
+    clock, trainer = trainer_for(model, examples, held, lambda rows: tokenizer.pad(rows, return_tensors="pt"), rate=rate,
+                                 seed=seed, epochs=epochs, batch=batch, bf16=bf16)
     trainer.train()
     found = trainer.predict(held)  # in the order of a sampler that groups by length: its own labels go with it
     accuracy = float((np.argmax(found.predictions, -1) == found.label_ids).mean())
@@ -67,7 +67,7 @@ def generate_text(path: str, examples: list[dict], held: list[dict], *, rate: fl
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=alpha, target_modules=targets),
                            autocast_adapter_dtype=False)  # bf16 adapters: PEFT's fastest setting here
-    clock, trainer = _trainer(model, examples, held, pad_causal, rate=rate, seed=seed, epochs=epochs, batch=batch, bf16=bf16)
+    clock, trainer = trainer_for(model, examples, held, pad_causal, rate=rate, seed=seed, epochs=epochs, batch=batch, bf16=bf16)
     trainer.train()
     loss = causal_loss(model, held)
     tokens = sum(len(e["input_ids"]) for e in examples) * epochs
@@ -98,8 +98,9 @@ def causal_loss(model: torch.nn.Module, rows: list[dict], batch: int = 16) -> fl
     return total / count
 
 
-def _trainer(model: Any, train: list, held: list, collate: Any, *, rate: float, seed: int, epochs: float, batch: int,
-             bf16: bool) -> tuple[LoopClock, Trainer]:
+def trainer_for(model: Any, train: list, held: list, collate: Any, *, rate: float, seed: int, epochs: float, batch: int,
+                bf16: bool) -> tuple[LoopClock, Trainer]:
+    """The Trainer with the settings of the page, and the clock of its loop."""
     clock = LoopClock()
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, per_device_eval_batch_size=64, learning_rate=rate,

@@ -104,8 +104,8 @@ def main() -> None:
         clock, trainer = trl_trainer(model, rows, batch, rate)
     else:
         collate = padded_class if rows["labels"] else peers.pad_causal
-        clock, trainer = peers._trainer(model, rows["train"], rows["eval"], collate, rate=rate, seed=0, epochs=1, batch=batch,
-                                        bf16=True)
+        clock, trainer = peers.trainer_for(model, rows["train"], rows["eval"], collate, rate=rate, seed=0, epochs=1, batch=batch,
+                                            bf16=True)
     if method == "adalora":
         trainer.add_callback(Allocation(model))
     trainer.train()

@@ -11,9 +11,11 @@ import torch
 from deltaloom.data.encode import Example
 from deltaloom.deltas.route import Route
 from deltaloom.errors import ResourceError
-from deltaloom.train.forecast import STATE_BYTES, Trial, check_memory, forecast, needed_bytes, saved_bytes
+from deltaloom.train.budget import steps_that_fit
+from deltaloom.train.forecast import Trial, check_memory, forecast, saved_bytes
 from deltaloom.train.modes import faster_dropout, training_mode
 from deltaloom.train.settings import TrainSettings
+from deltaloom.train.team import SINGLE
 from tests.toys import toy
 from tests.train.pieces import LanguageTask, assert_same, feed, rows, small, state_of, tuned_model
 
@@ -46,7 +48,7 @@ def test_the_need_is_that_of_the_largest_micro_batch_with_the_optimizer():
     with training_mode(tuned, True), faster_dropout(tuned):
         counted = saved_bytes(tuned, TASK, tried.batch(largest))
     numbers = sum(parameter.numel() for parameter in tuned.delta_parameters().values())
-    assert needed_bytes(tried) - STATE_BYTES * numbers == pytest.approx(counted, rel=0.05)
+    assert tried.need - 12 * numbers == pytest.approx(counted, rel=0.05)
 
 
 ROUTE = Route(delta={"method": "prefix", "length": 2}, pool=2, top=1)  # counts texts while training
@@ -59,7 +61,10 @@ def test_trying_changes_nothing(methods):
     random.seed(5)
     np.random.seed(5)
     torch.manual_seed(5)
-    found = forecast(trial(tuned, rows(24), weight_decay=0.5), steps=30)
+    tried = trial(tuned, rows(24), weight_decay=0.5)
+    found = forecast(tried, steps=30)
+    with training_mode(tuned, True):
+        steps_that_fit(tuned, TASK, tried.feed, 60.0, SINGLE)
     drawn = random.random(), np.random.rand(), float(torch.rand(()))
     random.seed(5)
     np.random.seed(5)
@@ -79,7 +84,7 @@ def test_twice_the_steps_take_twice_the_time():
 
 def test_what_cannot_fit_is_refused_with_what_to_change():
     tried = trial(tuned_model(), rows(24))
-    need = needed_bytes(tried)
+    need = tried.need
     check_memory(tried, free=need)
     with pytest.raises(ResourceError, match="gradient_checkpointing") as found:
         check_memory(tried, free=need - 1)
@@ -91,4 +96,4 @@ def test_a_row_wider_than_can_be_tried_is_counted_in_proportion(monkeypatch):
     tried = trial(tuned_model(model=small(0.0)), [*same_width(4, 6), *same_width(4, 12)])
     exact = trial(tuned_model(model=small(0.0)), same_width(8, 12))
     monkeypatch.undo()
-    assert needed_bytes(tried) == pytest.approx(needed_bytes(exact), rel=0.35)  # attention's part grows with the square
+    assert tried.need == pytest.approx(exact.need, rel=0.35)  # attention's part grows with the square

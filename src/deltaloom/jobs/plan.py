@@ -14,7 +14,7 @@ from deltaloom.jobs.prepare import DTYPES, Prepared, Say, parse_parts, prepare
 from deltaloom.jobs.runfile import Run
 from deltaloom.jobs.tune import attached, site_table, untouched_sites
 from deltaloom.report.text import byte_size, count, duration, table_text
-from deltaloom.train.forecast import Forecast, check_memory, forecast, needed_bytes
+from deltaloom.train.forecast import Forecast, check_memory, forecast
 from deltaloom.train.memory import free_bytes, give_back_freed_memory
 from deltaloom.train.progress import planned_steps
 from deltaloom.tuned import Tuned
@@ -61,7 +61,7 @@ def _tried(prepared: Prepared, tuned: Tuned, *, rough: float) -> tuple[Forecast,
     try:
         check_memory(trial)
     except ResourceError as error:
-        return Forecast(rough, needed_bytes(trial)), str(error)
+        return Forecast(rough, trial.need), str(error)
     settings, feed = prepared.parts.train, feed_of(prepared)
     steps = planned_steps(settings, feed)
     if steps is not None:

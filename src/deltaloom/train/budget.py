@@ -9,8 +9,8 @@ from functools import partial
 import torch
 
 from deltaloom.train.feed import Feed
+from deltaloom.train.modes import leaving_no_trace
 from deltaloom.train.run import Learner
-from deltaloom.train.state import keep_random_states
 from deltaloom.train.team import Team
 from deltaloom.tuned import Tuned
 
@@ -20,14 +20,14 @@ TRIES = 3  # steps spread over the first epoch, after one that warms up: lengths
 def steps_that_fit(tuned: Tuned, task: Learner, feed: Feed, limit: float, team: Team) -> tuple[int, float, float]:
     """(steps, seconds spent on finding out, seconds a step), for a limit in seconds that includes the finding out.
 
-    Forward and backward passes only: no parameter and no random state changes. In several processes each tries its own rows,
+    Forward and backward passes only, which leave no trace. In several processes each tries its own rows,
     and the first one's times count.
     """
     began = time.perf_counter()
     steps = feed.steps(0)
     chosen = [steps[index * (len(steps) - 1) // max(1, TRIES - 1)] for index in range(TRIES)]
     taken = []
-    with keep_random_states():
+    with leaving_no_trace(tuned):
         for micro in [chosen[0], *chosen]:
             start = time.perf_counter()
             own, _ = team.share(partial(feed.dealt, micro))
@@ -35,7 +35,6 @@ def steps_that_fit(tuned: Tuned, task: Learner, feed: Feed, limit: float, team: 
             taken.append(time.perf_counter() - start)
             if team.agree(None, time.perf_counter() - began)[1] > 0.2 * limit:
                 break
-    tuned.zero_grad(set_to_none=True)
     tried = taken[1:] or taken
     each = sum(tried) / len(tried)
     spent = time.perf_counter() - began

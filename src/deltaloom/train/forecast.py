@@ -8,9 +8,10 @@ first step. `forecast` then runs micro-batches of several sizes, the largest amo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,16 +21,15 @@ from deltaloom.data.batches import Batch
 from deltaloom.errors import ResourceError
 from deltaloom.train.feed import Feed
 from deltaloom.train.memory import PeakMemory, free_bytes
-from deltaloom.train.modes import faster_dropout, gradient_checkpointing, training_mode
+from deltaloom.train.modes import faster_dropout, gradient_checkpointing, leaving_no_trace, training_mode
 from deltaloom.train.optimizer import make_optimizer, set_learning_rate
 from deltaloom.train.run import Learner
 from deltaloom.train.settings import TrainSettings
-from deltaloom.train.state import keep_random_states
 from deltaloom.tuned import Tuned
 
 SAMPLES = 6          # micro-batches that are timed, after one that warms up
 WIDEST = 1024        # a row to count with has at most as many tokens; longer ones are counted in proportion
-STATE_BYTES = 12     # of each trained fp32 number: gradient and, for AdamW, two moments
+FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,22 @@ class Trial:
     settings: TrainSettings
     lengths: Sequence[int]
 
-    def micro_batches(self) -> list[Sequence[int]]:
-        """All of the first epoch, the smallest first."""
+    @cached_property
+    def order(self) -> list[Sequence[int]]:
+        """The micro-batches of the first epoch, the smallest first."""
         return sorted((indices for micro in self.feed.steps(0) for indices in micro), key=self.padded)
+
+    @cached_property
+    def need(self) -> int:
+        """Bytes that the largest micro-batch and the optimizer take at least, beyond the loaded model with its deltas."""
+        largest = self.order[-1]
+        fitting = min(WIDEST, max(self.lengths[index] for index in largest))
+        row = min(range(len(self.lengths)), key=lambda index: abs(self.lengths[index] - fitting))
+        with _as_in_training(self):
+            kept = saved_bytes(self.tuned, self.task, self.batch([row]))
+        numbers = sum(parameter.numel() for parameter in self.tuned.delta_parameters().values())
+        states = 2 if self.settings.optimizer == "adamw" else int(self.settings.momentum > 0)
+        return kept * self.padded(largest) // self.lengths[row] + FP32 * (1 + states) * numbers
 
     def padded(self, indices: Sequence[int]) -> int:
         """Tokens of a micro-batch with padding; packed rows have none."""
@@ -64,19 +77,6 @@ class Trial:
         return self.feed.batch(indices, self.tuned.device)
 
 
-def needed_bytes(trial: Trial) -> int:
-    """What the largest micro-batch and the optimizer take at least, beyond the loaded model with its deltas."""
-    largest = trial.micro_batches()[-1]
-    width = max(trial.lengths[index] for index in largest)
-    usable = [index for index, length in enumerate(trial.lengths) if length <= min(width, WIDEST)]
-    row = max(usable, key=lambda index: trial.lengths[index]) if usable else min(range(len(trial.lengths)),
-                                                                                 key=lambda index: trial.lengths[index])
-    with _as_in_training(trial):
-        kept = saved_bytes(trial.tuned, trial.task, trial.batch([row]))
-    numbers = sum(parameter.numel() for parameter in trial.tuned.delta_parameters().values())
-    return kept * trial.padded(largest) // trial.lengths[row] + STATE_BYTES * numbers
-
-
 def check_memory(trial: Trial, free: int | None = None) -> None:
     """That the run fits into the memory that is free (`free`: as if it were that much).
 
@@ -86,10 +86,10 @@ def check_memory(trial: Trial, free: int | None = None) -> None:
     free = free_bytes(trial.tuned.device) if free is None else free
     if free is None:
         return
-    need = needed_bytes(trial)
+    need = trial.need
     if need <= free:
         return
-    largest = trial.micro_batches()[-1]
+    largest = trial.order[-1]
     width = max(trial.lengths[index] for index in largest)
     options = [] if trial.settings.gradient_checkpointing else ["train.gradient_checkpointing: true"]
     options += [f"a smaller data.max_length (the longest row has {max(trial.lengths):,} tokens)", "base.quantise: int8 or nf4"]
@@ -103,7 +103,7 @@ def forecast(trial: Trial, steps: int) -> Forecast:
 
     Seconds of a micro-batch are a + b * padded tokens, by least squares; a run is as many of them as its first epoch says.
     """
-    order, least = trial.micro_batches(), needed_bytes(trial)
+    order, least = trial.order, trial.need
     chosen = [order[round(share * (len(order) - 1))] for share in np.linspace(0, 1, SAMPLES)]
     memory = PeakMemory(trial.tuned.device)
     with _as_in_training(trial):
@@ -116,7 +116,6 @@ def forecast(trial: Trial, steps: int) -> Forecast:
         each_step = time.perf_counter() - began
         peak = max(least, memory.peak() or 0)  # what is counted is taken, also where the peak cannot be measured
         taken = [_passes(trial, indices) for indices in chosen]
-        trial.tuned.zero_grad(set_to_none=True)
     fixed, rate = _line([trial.padded(indices) for indices in chosen], taken)
     epoch = sum(fixed + rate * trial.padded(indices) for indices in order)
     return Forecast(steps * (epoch / len(trial.feed.steps(0)) + each_step), peak)
@@ -140,21 +139,9 @@ def saved_bytes(tuned: Tuned, task: Learner, batch: Batch) -> int:
     return found
 
 
-@contextmanager
-def _kept_buffers(tuned: Tuned) -> Iterator[None]:
-    """What deltas count while training is afterwards what it was."""
-    held = [(buffer, buffer.clone()) for part in tuned.attached() for _, module in part.named_deltas()
-            for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, before in held:
-            buffer.copy_(before)
-
-
 def _as_in_training(trial: Trial) -> ExitStack:
     stack = ExitStack()
-    for mode in (keep_random_states(), _kept_buffers(trial.tuned), training_mode(trial.tuned, True), faster_dropout(trial.tuned),
+    for mode in (leaving_no_trace(trial.tuned), training_mode(trial.tuned, True), faster_dropout(trial.tuned),
                  gradient_checkpointing(trial.tuned, trial.settings.gradient_checkpointing)):
         stack.enter_context(mode)
     return stack

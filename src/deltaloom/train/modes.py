@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from deltaloom.errors import RefusedError
 from deltaloom.kernels.dropout import SeededDropout
+from deltaloom.train.state import keep_random_states
 from deltaloom.tuned import Tuned
 
 
@@ -30,6 +31,20 @@ def training_mode(tuned: Tuned, on: bool) -> Iterator[None]:
     finally:
         for module, was in before.items():
             module.training = was
+
+
+@contextmanager
+def leaving_no_trace(tuned: Tuned) -> Iterator[None]:
+    """Steps are tried within the block: random states, what deltas count while training, and gradients are then as before."""
+    held = [(buffer, buffer.clone()) for part in tuned.attached() for _, module in part.named_deltas()
+            for buffer in module.buffers()]
+    with keep_random_states():
+        try:
+            yield
+        finally:
+            for buffer, before in held:
+                buffer.copy_(before)
+            tuned.zero_grad(set_to_none=True)
 
 
 @contextmanager
