@@ -25,13 +25,19 @@ from deltaloom.events import RankChanged, Warned
 from deltaloom.sites import Site
 
 
-class DecidingMethod(Method, ABC):
-    """A method that decides while training which of its components stay."""
+class AdaptiveMethod(Method, ABC):
+    """A method whose rank is decided while training."""
 
+    rank: float = Field(8.0, gt=0)
+    """Mean final rank of a layer: what the budget at the end allows, in the numbers that a low-rank change of it has."""
+    reserve: float = Field(1.5, ge=1)
+    """How many times the final rank training starts with: what ranks may grow into."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the layer's inputs that the change does not see in training."""
     start: float = Field(0.1, ge=0, lt=1)
-    """Share of the run before the first decision."""
+    """Share of the run before ranks are decided for the first time."""
     end: float = Field(0.4, ge=0, lt=1)
-    """Share of the run after the last decision."""
+    """Share of the run after the last decision, with fixed ranks."""
     every: int | None = Field(None, ge=1)
     """Optimizer steps between decisions; a two-hundredth of the run, and at least 10, if not given."""
     importance: Literal["weight-gradient", "gradient"] = "weight-gradient"
@@ -43,26 +49,8 @@ class DecidingMethod(Method, ABC):
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
-        if self.start + self.end >= 1:
-            raise ValueError(f"start {self.start} and end {self.end} leave no part of the run to decide ranks in; "
-                             "their sum must be below 1")
+        check_shares(self.start, self.end)
         return self
-
-    def policy(self, rule: str, target: float, plan: StepPlan, row_name: str = "layer") -> Policy:
-        """How the controller decides, by these settings."""
-        schedule = Schedule.of_run(plan.total_steps, self.start, self.end, self.every)
-        return Policy(rule, self.importance, self.beta1, self.beta2, schedule, target, row_name)
-
-
-class AdaptiveMethod(DecidingMethod, ABC):
-    """A method whose rank is decided while training."""
-
-    rank: float = Field(8.0, gt=0)
-    """Mean final rank of a layer: what the budget at the end allows, in the numbers that a low-rank change of it has."""
-    reserve: float = Field(1.5, ge=1)
-    """How many times the final rank training starts with: what ranks may grow into."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the layer's inputs that the change does not see in training."""
 
     def initial_rank(self) -> int:
         """The rank that training starts with, at least 1."""
@@ -79,6 +67,12 @@ class AdaptiveMethod(DecidingMethod, ABC):
             raise SettingsError(f"{self.name}: the initial rank is more than these layers can have",
                                 got=f"rank {self.rank:g} x reserve {self.reserve:g} = {needed}", problems=small[:20],
                                 hint="Lower rank or reserve, or leave these layers out of the targets.")
+
+
+def check_shares(start: float, end: float) -> None:
+    """That the parts of a run before the first and after the last decision leave room between them; raises ValueError."""
+    if start + end >= 1:
+        raise ValueError(f"start {start} and end {end} leave no part of the run to decide ranks in; their sum must be below 1")
 
 
 class Rows(NamedTuple):

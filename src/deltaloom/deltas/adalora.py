@@ -22,8 +22,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from deltaloom.allocation import Schedule
 from deltaloom.compact.face import is_conv1d
-from deltaloom.deltas._adaptive import AdaptiveMethod, Pool, RankController, group_names
+from deltaloom.deltas._adaptive import AdaptiveMethod, Policy, Pool, RankController, group_names
 from deltaloom.deltas._orthogonality import sum_of_penalties
 from deltaloom.deltas._peft import PEFT_COMMON, by_suffix, peft_targets, refuse_fields, whole_sites
 from deltaloom.deltas._triplets import Triplets
@@ -110,11 +111,13 @@ class AdaLoRA(AdaptiveMethod):
 
     def controller(self, attachment: Attachment, plan: StepPlan) -> Controller | None:
         """Ranks under one budget over all sites, counted in ranks as in the paper."""
+        schedule = Schedule.of_run(plan.total_steps, self.start, self.end, self.every)
         names = group_names(list(attachment.deltas))
         pools = [_pool(site, names[site], delta.triplets) for site, delta in attachment.deltas.items()
                  if isinstance(delta, AdaLoraDelta)]
         target = max(1, int(self.rank * len(pools) + 1e-9))
-        return RankController(pools, self.policy("budget", target, plan), plan)
+        policy = Policy("budget", self.importance, self.beta1, self.beta2, schedule, target, "layer")
+        return RankController(pools, policy, plan)
 
     def fit(self, attachment: Attachment, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """The ranks of the saved tensors."""

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from deltaloom.allocation import Schedule
 from deltaloom.compact.face import parameter_count
-from deltaloom.deltas._adaptive import DecidingMethod, Pool, RankController, group_names
+from deltaloom.deltas._adaptive import Policy, Pool, RankController, check_shares, group_names
 from deltaloom.deltas._choice import ChosenDelta, ChosenPrefix, ChosenRows, Part, chosen
 from deltaloom.deltas.base import (
     AttachContext,
@@ -45,7 +45,7 @@ from deltaloom.sites import Kind, Site
 OWN = "candidates"  # the word for each candidate's own targets
 
 
-class Auto(DecidingMethod):
+class Auto(Method):
     """A choice among components of several methods within a budget."""
 
     name: ClassVar[str] = "auto"
@@ -57,6 +57,18 @@ class Auto(DecidingMethod):
     """Trained numbers at the end: a count, or a share of the model's parameters such as 0.25%."""
     candidates: tuple[dict[str, Any], ...] = Field((), validate_default=True)
     """Methods to choose from, as entries of `deltas`; none given: every method that offers itself."""
+    start: float = Field(0.1, ge=0, lt=1)
+    """Share of the run before the first decision."""
+    end: float = Field(0.4, ge=0, lt=1)
+    """Share of the run after the last decision."""
+    every: int | None = Field(None, ge=1)
+    """Optimizer steps between decisions; a two-hundredth of the run, and at least 10, if not given."""
+    importance: Literal["weight-gradient", "gradient"] = "weight-gradient"
+    """What smoothness and uncertainty are taken of: |w g| of each number and its gradient, or |g|."""
+    beta1: float = Field(0.85, ge=0, lt=1)
+    """Weight of the past in the smoothness."""
+    beta2: float = Field(0.85, ge=0, lt=1)
+    """Weight of the past in the uncertainty."""
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -78,6 +90,11 @@ class Auto(DecidingMethod):
         except SettingsError as error:
             raise ValueError(str(error)) from None
         return tuple(method_record(method) for method in methods)
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        check_shares(self.start, self.end)
+        return self
 
     def members(self) -> list[Method]:
         """The candidates, at the sites that are asked for here; branches last, as what ends there sees all that a layer says."""
@@ -144,8 +161,9 @@ class Auto(DecidingMethod):
         names, methods = group_names(list(attachment.deltas)), self.members()
         pools = [Pool(part, f"{methods[index].name} {names[site]}", _row(part, site.layer or 0))
                  for site, index, part in _parts(attachment)]
+        schedule = Schedule.of_run(plan.total_steps, self.start, self.end, self.every)
         budget = next(part.budget for _, _, part in _parts(attachment))
-        policy = replace(self.policy("budget", budget, plan), gathering="sum", silent_between=True)
+        policy = Policy("budget", self.importance, self.beta1, self.beta2, schedule, budget, "layer", "sum", True)
         return RankController(pools, policy, plan)
 
     def fit(self, attachment: Attachment, shapes: Mapping[str, tuple[int, ...]]) -> None:

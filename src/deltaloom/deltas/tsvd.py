@@ -32,7 +32,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from deltaloom.deltas._adaptive import AdaptiveMethod, Pool, RankController
+from deltaloom.allocation import Schedule
+from deltaloom.deltas._adaptive import AdaptiveMethod, Policy, Pool, RankController
 from deltaloom.deltas._orthogonality import squared_penalty
 from deltaloom.deltas._tensor_group import GradientGram, Member, TensorGroup, grouped
 from deltaloom.deltas.base import (
@@ -188,12 +189,13 @@ class TSVD(AdaptiveMethod):
         pools = [_pool(name, group, self.granularity) for name, group in groups.items()]
         if self.rule == "fixed":
             return RankController(pools, None, plan, strength) if strength else None
+        schedule = Schedule.of_run(plan.total_steps, self.start, self.end, self.every)
         target = sum(self.rank * group.layers * group.cost for group in groups.values())
         largest = max(_largest(pool) for pool in pools)
         if self.rule in ("budget", "capped") and target < largest * (1 - 1e-9):
             raise SettingsError(f"{self.name}: the budget is too small to keep anything", got=f"{target:.0f} parameters",
                                 legal=f"at least {largest:.0f}, which is one {self.granularity}", hint="Raise rank.")
-        policy = self.policy(self.rule, target, plan, "frequency")
+        policy = Policy(self.rule, self.importance, self.beta1, self.beta2, schedule, target, "frequency")
         return RankController(pools, policy, plan, strength)
 
     def warm_up(self, attachment: Attachment) -> WarmUp | None:

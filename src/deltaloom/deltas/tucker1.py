@@ -24,7 +24,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from deltaloom.deltas._adaptive import AdaptiveMethod, Pool, RankController, Rows, silence_rows
+from deltaloom.allocation import Schedule
+from deltaloom.deltas._adaptive import AdaptiveMethod, Policy, Pool, RankController, Rows, silence_rows
 from deltaloom.deltas._orthogonality import residual, step_towards
 from deltaloom.deltas._triplets import orthonormal_rows
 from deltaloom.deltas.base import (
@@ -179,12 +180,13 @@ class Tucker1(AdaptiveMethod):
         pools = [_pool(site, delta) for site, delta in deltas.items()]
         policy = None
         if self.rule != "fixed":
+            schedule = Schedule.of_run(plan.total_steps, self.start, self.end, self.every)
             target = sum(self.rank * delta.private.shape[1] for delta in deltas.values())
             largest = max(delta.private.shape[1] for delta in deltas.values() if len(delta.private))
             if self.rule in ("budget", "capped") and target < largest:
                 raise SettingsError(f"{self.name}: the budget is too small to keep anything", got=f"{target:.0f} parameters",
                                     legal=f"at least {largest}, which is one row", hint="Raise rank.")
-            policy = self.policy(self.rule, target, plan)
+            policy = Policy(self.rule, self.importance, self.beta1, self.beta2, schedule, target, "layer")
         elif not self.orthogonality:
             return None
         return _BasisController(bases, self.orthogonality, RankController(pools, policy, plan))
