@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from deltaloom.data.batches import dealt
-from deltaloom.errors import SettingsError
+from deltaloom.deltas.route import Route
+from deltaloom.errors import RefusedError, SettingsError
+from deltaloom.train.loop import train
 from deltaloom.train.processes import processes
 from deltaloom.train.settings import TrainSettings
 from deltaloom.train.sharding import check_shard
-from deltaloom.train.team import SINGLE
-from tests.train.pieces import assert_same, rows
+from deltaloom.train.team import SINGLE, Single
+from tests.train.pieces import LanguageTask, assert_same, feed, rows, state_of, tuned_model
 from tests.train.teamwork import ADAPTIVE, MORE, PLAIN, WORK, half, resumed, source
 
 ROOT = Path(__file__).parents[2]
@@ -261,6 +263,17 @@ def test_every_method_trains_on_a_spread_base(tmp_path):
     started(tmp_path, *MORE)
     for name in MORE:
         assert_spread(name, tmp_path)
+
+
+def test_what_learns_from_a_processs_own_rows_is_refused_in_several():
+    class Two(Single):
+        size = 2
+
+    tuned = tuned_model([Route(delta={"method": "prefix", "length": 2}, pool=2, top=1)])
+    before = state_of(tuned)
+    with pytest.raises(RefusedError, match="rows that a process sees"):
+        train(tuned, LanguageTask(), feed(TrainSettings(batch_size=8)), settings=TrainSettings(batch_size=8), team=Two())
+    assert_same(before, state_of(tuned))
 
 
 def test_one_process_has_nothing_to_spread_over():

@@ -26,7 +26,7 @@ from deltaloom.train.progress import Goal
 from deltaloom.train.resume import check_same
 from deltaloom.train.run import TrainResult
 from deltaloom.train.strategy import Strategy, check_room
-from deltaloom.train.team import SINGLE, Team
+from deltaloom.train.team import SINGLE, Team, check_team
 from deltaloom.tuned import Tuned
 
 LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mae")
@@ -119,6 +119,7 @@ class Here(Engine):
 
     def check(self, plan: StepPlan) -> None:
         """Also that what its strategy asks for can be, and that its memory is there."""
+        check_team(self.tuned, self.team)
         strategy = self._strategy()
         controllers = self.tuned.controllers(replace(plan, on_demand=strategy is not None and strategy.grows))
         if strategy is not None:

@@ -152,7 +152,8 @@ def _metrics(result: dict[str, Any]) -> tuple[tuple[Metric, ...], Metric | None]
 
 def _methods(result: dict[str, Any], run: dict[str, Any]) -> tuple[str, ...]:
     entries = as_rows(result.get("methods")) or as_rows(run.get("deltas"))
-    return tuple(as_text(entry.get("method") or entry.get("from") or "unnamed", 100) for entry in entries[:20])
+    names = [as_text(entry.get("method") or entry.get("from") or "unnamed", 100) for entry in entries[:20]]
+    return tuple(dict.fromkeys(names))  # a settled choice has entries of one method for several places
 
 
 def _sizes(result: dict[str, Any], kinds: dict[str, list[dict[str, Any]]]) -> Sizes:

@@ -39,7 +39,7 @@ from deltaloom.train.settings import TrainSettings
 from deltaloom.train.signals import StopRequest, polite_stop
 from deltaloom.train.state import seed_everything, set_random_states
 from deltaloom.train.strategy import Strategy, check_room
-from deltaloom.train.team import SINGLE, Team
+from deltaloom.train.team import SINGLE, Team, check_team
 from deltaloom.train.warmup import warm_up
 from deltaloom.tuned import Tuned
 
@@ -74,6 +74,7 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
     """
     emit = emit if emit is not None and team.first else Emitter()
     resume = _first_ones(resume, team)
+    check_team(tuned, team)
     _check(settings, evaluate, feed, folder, resume, strategy, team)
     if strategy is not None:
         strategy.hold(tuned)

@@ -17,7 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from deltaloom.errors import DeltaloomError
+from deltaloom.errors import DeltaloomError, RefusedError
+from deltaloom.tuned import Tuned
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -161,6 +162,18 @@ class Single(Team):
 
 
 SINGLE = Single()
+
+
+def check_team(tuned: Tuned, team: Team) -> None:
+    """That nothing in the deltas is made of a process's own rows, where there are several.
+
+    Raises:
+        RefusedError: the deltas read their rows' texts while training.
+    """
+    if team.size > 1 and tuned.readers():
+        raise RefusedError("these deltas learn what texts look like from the rows that a process sees, which differ between "
+                           "processes", got=f"{team.size} processes", legal="one process",
+                           hint="Train without torchrun, or take a method that does not choose by the input text.")
 
 
 def step_seed(seed: int, step: int, number: int) -> int:
