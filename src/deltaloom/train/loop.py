@@ -74,8 +74,7 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
     """
     emit = emit if emit is not None and team.first else Emitter()
     resume = _first_ones(resume, team)
-    check_team(tuned, team)
-    _check(settings, evaluate, feed, folder, resume, strategy, team)
+    _check(tuned, settings, evaluate, feed, folder, resume, strategy, team)
     if strategy is not None:
         strategy.hold(tuned)
         goal = strategy.goal
@@ -133,8 +132,9 @@ def check_no_evaluation(settings: TrainSettings) -> None:
                             hint="Give data.eval or data.eval_fraction, or remove these keys.")
 
 
-def _check(settings: TrainSettings, evaluate: Evaluate | None, feed: Feed, folder: Path | None,
+def _check(tuned: Tuned, settings: TrainSettings, evaluate: Evaluate | None, feed: Feed, folder: Path | None,
            resume: Checkpoint | None, strategy: Strategy | None, team: Team) -> None:
+    check_team(tuned, team)
     if evaluate is None:
         check_no_evaluation(settings)
         if strategy is not None:
