@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 import deltaloom
+from deltaloom.compact.face import affine_weight
 from deltaloom.deltas.base import method_from
 from deltaloom.jobs.estimate import block_linears
 from deltaloom.jobs.prepare import Prepared, parse_parts, prepare
 from deltaloom.jobs.runfile import parse_run
-from deltaloom.sites import Site, affine_weight, all_sites
+from deltaloom.sites import Site, all_sites
 from deltaloom.train.feed import ExampleFeed
 from deltaloom.train.modes import training_mode
 from deltaloom.tuned import Tuned, attach

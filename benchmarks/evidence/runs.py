@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,23 +47,26 @@ class Spec:
 
     @property
     def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return key_of(asdict(self))
 
 
 @dataclass(frozen=True)
 class Job:
-    """A spec with where its data lie."""
+    """A spec (`Spec`, or any dataclass with a `key`) with where its data lie."""
 
-    spec: Spec
+    spec: Any
     data: Path
+
+
+Train = Callable[[Job], dict[str, Any]]
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
 
-def perform(job: Job) -> dict[str, Any]:
-    """`trained`, or what stopped it: one candidate that fails must not end a night of runs."""
+def perform(job: Job, train: Train) -> dict[str, Any]:
+    """A run, or what stopped it: one candidate that fails must not end a night of runs."""
     try:
-        return trained(job)
+        return train(job)
     except Exception:
         return {"spec": asdict(job.spec), "failed": traceback.format_exc()}
 
@@ -154,8 +157,13 @@ def silence() -> Iterator[None]:
 
 def known_records(folder: Path) -> dict[str, dict[str, Any]]:
     """Every finished run of every stage, by its spec."""
-    return {Spec(**record["spec"]).key: record for path in sorted(folder.glob("*.jsonl")) for record in read_lines(path)
+    return {key_of(record["spec"]): record for path in sorted(folder.glob("*.jsonl")) for record in read_lines(path)
             if "spec" in record}
+
+
+def key_of(spec: dict[str, Any]) -> str:
+    """What is the same for equal specs."""
+    return json.dumps(spec, sort_keys=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -188,7 +196,8 @@ def only_one(folder: Path, stage: str) -> Iterator[None]:
         yield
 
 
-def run_all(specs: Sequence[Spec], *, folder: Path, stage: str, data: Path, workers: int) -> dict[str, dict[str, Any]]:
+def run_all(specs: Sequence[Any], *, folder: Path, stage: str, data: Path, workers: int, train: Train = trained,
+            line: Callable[[dict[str, Any]], str] | None = None) -> dict[str, dict[str, Any]]:
     """Do what is not done yet; gives back the records of these specs by their keys, without those of runs that failed.
 
     Workers are processes with their share of the cores (two that share all of them would wait for each other by spinning);
@@ -204,13 +213,13 @@ def run_all(specs: Sequence[Spec], *, folder: Path, stage: str, data: Path, work
         began = time.perf_counter()
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
         try:
-            for number, future in enumerate(as_completed([pool.submit(perform, job) for job in waiting]), 1):
+            for number, future in enumerate(as_completed([pool.submit(perform, job, train) for job in waiting]), 1):
                 record = future.result()
                 if "failed" not in record:
                     append(folder / f"{stage}.jsonl", record)
-                    known[Spec(**record["spec"]).key] = record
+                    known[key_of(record["spec"])] = record
                 left = (time.perf_counter() - began) / number * (len(waiting) - number)
-                print(line_of(record) + f"   {number} of {len(waiting)}, about {left / 60:.0f} min left", flush=True)
+                print((line or line_of)(record) + f"   {number} of {len(waiting)}, about {left / 60:.0f} min left", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
     return {spec.key: known[spec.key] for spec in wanted if spec.key in known}

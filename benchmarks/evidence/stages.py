@@ -189,11 +189,18 @@ def final_rows(known: Records, task: str, limit: int | None = None) -> list[dict
         for candidate in candidates_in(known, task, "dev", budget, limit):
             runs = of(known.values(), task=task, part="dev", candidate=candidate, budget=budget, limit=limit)
             tried = of(known.values(), task=task, part="held", candidate=candidate, budget=budget, limit=limit)
-            part.append(_final_row(runs, tried, of(known.values(), task=task, part="dev", candidate=BASELINE, budget=budget,
-                                                   limit=limit)))
+            baseline = of(known.values(), task=task, part="dev", candidate=BASELINE, budget=budget, limit=limit)
+            chosen = of(known.values(), task=task, part="held", candidate=BASELINE, budget=budget, limit=limit)
+            part.append(_final_row(at_best_rate(runs, tried), tried, at_best_rate(baseline, chosen)))
         sign = -1 if HIGHER[PRIMARY[task]] else 1
         rows += sorted(part, key=lambda row: sign * (row["mean"] if row["mean"] is not None else sign * float("inf")))
     return rows
+
+
+def at_best_rate(runs: list[dict[str, Any]], tried: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs at the rate that held-out rows choose: finals of a narrower choice of rates may lie beside them."""
+    best = best_record(tried)
+    return runs if best is None else of(runs, rate=best["spec"]["rate"]) or runs
 
 
 def _final_row(runs: list[dict[str, Any]], tried: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
