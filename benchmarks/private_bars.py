@@ -49,6 +49,7 @@ from deltaloom.private.cut import split
 from deltaloom.private.guards._noise import new_key
 from deltaloom.private.guards.base import Chain
 from deltaloom.private.guards.gaussian import Gaussian
+from deltaloom.private.means.even import Even
 from deltaloom.private.membership import Membership, read_invite
 from deltaloom.private.policy import Policy, write_policy
 from deltaloom.private.replay import packed, run_front
@@ -58,6 +59,7 @@ from deltaloom.train.settings import TrainSettings
 
 RESULTS, PAGE = Path("benchmarks/results/private_bars.jsonl"), Path("docs/results/private.md")
 BEGIN, END = "<!-- bars: begin -->", "<!-- bars: end -->"
+MEAN = Even()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEMPLATE = "Data: {prompt}\nText:"
 TASKS: dict[str, dict[str, Any]] = {
@@ -167,9 +169,9 @@ def perform(name: str, data: Path, guard: str, noise: float, scale: float, seed:
         guards, facts = guards_of(guard, noise, whole, wanted, encoded)
         found = measure(whole.model, little.model, Comparison(
             task, encoded, {party: Held(task.encode(rows.rows), rows.rows) for party, rows in read["dev"].items()}, [method],
-            settings(wanted, seed), head_methods(whole, [method]), guards=guards,
+            settings(wanted, seed), head_methods(whole, [method]), MEAN, guards=guards,
             connect=Loopback(folder / "wire", wanted["cut"], stack), say=lambda text: print(text, flush=True)))
-    return {"task": name, "guard": guard, "noise": facts, "scale": scale, "seed": seed, "bars": found.bars,
+    return {"task": name, "guard": guard, "mean": MEAN.name, "noise": facts, "scale": scale, "seed": seed, "bars": found.bars,
             "parties": found.parties, "settings": {key: value for key, value in wanted.items() if key != "data"},
             "wall_seconds": time.perf_counter() - began}
 
@@ -177,7 +179,8 @@ def perform(name: str, data: Path, guard: str, noise: float, scale: float, seed:
 def settings(wanted: dict[str, Any], seed: int) -> BarSettings:
     common = {"batch_size": wanted["batch"], "learning_rate": wanted["rate"], "precision": wanted["precision"],
               "schedule": "constant", "eval_every": None}
-    # A round averages what parties that train side by side moved: a pass of both is worth half a pass of all rows in one place.
+    # A round averages what parties that train side by side moved: a pass of both is worth half a pass of all rows in one place,
+    # and the larger party has moved further by itself, so that each counts the same.
     each = TrainSettings(**common, epochs=wanted["passes"] / wanted["rounds"])
     return BarSettings(cut=wanted["cut"], head="party", labels="home", rounds=wanted["rounds"], seed=seed,
                        emulate=TrainSettings(**common, epochs=1.0), tune=each,
@@ -243,7 +246,8 @@ def report(results: Path, page: Path) -> None:
         counts = ", ".join(f"{facts['rows']:,} {party}" for party, facts in line["parties"].items())
         guard = "guards off" if line["guard"] == "off" else f"noise of {line['noise']['multiple']} times an activation"
         told = line["settings"]
-        parts += [f"### {line['task']}, {guard}", "", f"Training rows: {counts}; {kind} on held-out rows of each kind. "
+        mean = "each party counting the same" if line.get("mean") == MEAN.name else "parties weighed by rows"
+        parts += [f"### {line['task']}, {guard}, {mean}", "", f"Training rows: {counts}; {kind} on held-out rows of each kind. "
                   f"Split tuning: {told['passes']:g} passes of each party over its rows in {told['rounds']} rounds; in one place "
                   f"{told['epochs']:g} passes over all rows.", "",
                   f"| bar | {' | '.join(sets)} | mean |", "|---|" + "---|" * (len(sets) + 1)]

@@ -6,6 +6,7 @@ import torch
 
 from deltaloom.errors import SettingsError
 from deltaloom.private.means.base import PACKAGE, Weighed, mean_named
+from deltaloom.private.means.even import Even
 from deltaloom.private.means.median import Median
 from deltaloom.private.means.trimmed import Trimmed
 from deltaloom.private.means.weighted import Weighted
@@ -20,7 +21,7 @@ def updates(count: int, seed: int = 0) -> list[Weighed]:
 
 
 def test_the_folder_is_the_registry():
-    assert names_in(PACKAGE) == ["median", "trimmed", "weighted"]
+    assert names_in(PACKAGE) == ["even", "median", "trimmed", "weighted"]
     assert mean_named("trimmed") is Trimmed
     with pytest.raises(SettingsError):
         mean_named("avarage")
@@ -35,6 +36,30 @@ def test_the_weighted_mean_is_the_written_out_sum(count):
             for place in np.ndindex(expected.shape):
                 expected[place] += update.count * float(update.tensors[name][place]) / total
         assert np.allclose(Weighted().combine(given)[name].numpy(), expected, rtol=1e-14, atol=1e-16)
+
+
+@pytest.mark.parametrize("count", (1, 2, 5))
+def test_the_even_mean_is_numpys_and_knows_no_counts(count):
+    given = updates(count)
+    for name in ("a", "b"):
+        stacked = np.stack([update.tensors[name].numpy() for update in given])
+        assert np.allclose(Even().combine(given)[name].numpy(), stacked.mean(axis=0), rtol=1e-14, atol=1e-16)
+
+
+def test_twice_the_passes_of_two_parties_joined_evenly_are_a_pass_in_one_place():
+    """On losses whose gradients stay, for unequal parties; the weighted mean favours the larger one."""
+    generator = torch.Generator().manual_seed(0)
+    slopes = {name: torch.randn(rows, 4, generator=generator).double() for name, rows in (("large", 30), ("small", 10))}
+    rate, start = 0.1, torch.zeros(4).double()
+    central = start - rate * torch.cat(list(slopes.values())).sum(dim=0)
+    found = {}
+    for mean in (Even(), Weighted()):
+        common = start
+        for _ in range(2):
+            updates = [Weighed({"a": common - rate * rows.sum(dim=0)}, len(rows)) for rows in slopes.values()]
+            common = mean.combine(updates)["a"]
+        found[mean.name] = float((common - central).norm() / central.norm())
+    assert found["even"] < 1e-12 and found["weighted"] > 0.3, found
 
 
 @pytest.mark.parametrize(("mean", "count"), [(Trimmed(trim=1), 5), (Trimmed(trim=2), 5), (Median(), 3), (Median(), 6)])

@@ -93,7 +93,7 @@ def serve(
                                                 "their run file.")] = None,
     norm_bound: Annotated[float | None, typer.Option("--norm-bound", help="The longest change that a party may make in a round."
                                                      )] = None,
-    mean: Annotated[str, typer.Option("--mean", help="How updates are joined: weighted, median or trimmed.")] = "weighted",
+    mean: Annotated[str, typer.Option("--mean", help="How updates are joined: weighted, even, median or trimmed.")] = "weighted",
     update_guard: Annotated[str | None, typer.Option("--update-guard", help="What hides single updates from the owner.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the rounds' initial values.")] = 0,
     fresh_rounds: Annotated[bool, typer.Option("--fresh-rounds", help="Forget the rounds of an earlier run.")] = False,

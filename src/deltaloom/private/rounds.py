@@ -28,6 +28,7 @@ from deltaloom.errors import CheckpointError, DataError, RefusedError, SettingsE
 from deltaloom.files import write_atomic
 from deltaloom.private.guards.base import Answer, Roll, UpdateGuard
 from deltaloom.private.means.base import Mean, Weighed
+from deltaloom.private.means.weighted import Weighted
 from deltaloom.private.round_messages import Phase
 from deltaloom.settings import Settings
 
@@ -373,8 +374,9 @@ def _check_settings(settings: RoundSettings, mean: Mean, guard: UpdateGuard | No
                                 legal=f"at least {mean.needed()}")
         return
     guard.needed(settings.quorum)
-    if settings.norm_bound is not None or mean.needed() > 1:
-        raise SettingsError("what hides single updates leaves nothing to bound or to trim", got=guard.name,
+    if settings.norm_bound is not None or not isinstance(mean, Weighted):
+        raise SettingsError("what hides single updates gives the weighted mean, and leaves nothing to bound or to trim",
+                            got=guard.name if isinstance(mean, Weighted) else f"{guard.name} and the mean '{mean.name}'",
                             hint="Take the weighted mean without a norm bound, or no update guard.")
 
 
