@@ -2,12 +2,19 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from deltaloom.checkpoint import native
 from deltaloom.private import client
+from deltaloom.private.coordinating import DurableRounds
+from deltaloom.private.mailbox import carry
+from deltaloom.private.means.weighted import Weighted
+from deltaloom.private.round_messages import StandRequest
+from deltaloom.private.rounds import Coordinator, RoundSettings
 from deltaloom.private.wire.convert import encode_message
 from tests.cli.private_flow import CANARY, PREFIX, Owner, Process, delta_of, emulator_of, rows_of, run_file, toy_model, wait_for
 from tests.jobs.small import NO_DROP, WIDTH, records, write_rows, write_run
@@ -222,3 +229,43 @@ def test_labels_at_the_owner_and_a_guard(command, place, tmp_path):
     assert "inferred from gradients" in page and "inferred from a round" in page
     assert "unknown attack" in command.refused("leakage", party, "--data", tmp_path / "sample.jsonl", "--attack", "magic")
     assert (party / "leakage.html").exists()
+
+
+@pytest.mark.slow
+def test_rounds_that_another_engine_brings_end_as_the_owners_own(command, place, tmp_path, monkeypatch):
+    """The same two parties once in the owner's rounds, once at mailboxes, with the same coordinator behind them."""
+    monkeypatch.chdir(tmp_path)   # a mailbox's path has to be short
+    counts = {"a": 16, "b": 8}
+    runs = {name: run_file(tmp_path / f"{name}-data", place / "emulator", count=count) for name, count in counts.items()}
+    at = {name: run_file(tmp_path / f"{name}-at", place / "emulator", count=count, private={"mailbox": "rounds.sock"})
+          for name, count in counts.items()}
+    owner, found = tmp_path / "owner", {}
+    command.json("owner", "init", owner, "--name", "acme")
+    with Owner(owner, place / "model", "127.0.0.1:0", "--rounds", 2, "--deltas", runs["a"]) as serving:
+        address = serving.address
+        parties = {name: joined(command, owner, tmp_path, name) for name in counts}
+        command.json("party", "emulate", parties["a"], runs["a"])
+        assert "holds joint rounds itself" in command.refused("party", "tune", parties["a"], at["a"])
+        tuning = [Process(tmp_path / f"{name}.log", "party", "tune", parties[name], run) for name, run in runs.items()]
+        for one in tuning:
+            one.wait()
+        found["owner"] = [delta_of(party) for party in parties.values()]
+        begin, _ = native.read(parties["a"] / "tuned" / "delta")
+    machine = DurableRounds(Coordinator(RoundSettings(rounds=3, parties=2, quorum=2), Weighted(), begin.state, run="m"),
+                            tmp_path / "machine")
+    with Owner(owner, place / "model", address):
+        tuning = [Process(tmp_path / f"{name}-at.log", "party", "tune", parties[name].relative_to(tmp_path), run, "--overwrite")
+                  for name, run in at.items()]
+        while not machine.coordinator.done:
+            stands = {name: machine.answer(name, StandRequest()) for name in parties}
+            for name, stand in stands.items():
+                if stand.wanted:
+                    machine.answer(name, carry(stand, Path(name) / "rounds.sock", patience=120))
+        for name in parties:
+            assert carry(machine.answer(name, StandRequest()), Path(name) / "rounds.sock") is None
+        for one in tuning:
+            one.wait()
+        found["mailboxes"] = [delta_of(party) for party in parties.values()]
+        facts = [json.loads((party / "state" / "tuned.json").read_text())["private"] for party in parties.values()]
+    assert found["mailboxes"] == found["owner"] and found["owner"][0] == found["owner"][1]
+    assert [one["rounds"] for one in facts] == [2, 2]
