@@ -1,6 +1,7 @@
 """The commands of private tuning from end to end: real processes, a toy model, mutual TLS on loopback."""
 
 import json
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -233,39 +234,33 @@ def test_labels_at_the_owner_and_a_guard(command, place, tmp_path):
 
 @pytest.mark.slow
 def test_rounds_that_another_engine_brings_end_as_the_owners_own(command, place, tmp_path, monkeypatch):
-    """The same two parties once in the owner's rounds, once at mailboxes, with the same coordinator behind them."""
+    """The same party once in the owner's rounds, once at a mailbox, with the same coordinator behind both."""
     monkeypatch.chdir(tmp_path)   # a mailbox's path has to be short
-    counts = {"a": 16, "b": 8}
-    runs = {name: run_file(tmp_path / f"{name}-data", place / "emulator", count=count) for name, count in counts.items()}
-    at = {name: run_file(tmp_path / f"{name}-at", place / "emulator", count=count, private={"mailbox": "rounds.sock"})
-          for name, count in counts.items()}
-    owner, found = tmp_path / "owner", {}
+    own = run_file(tmp_path / "own", place / "emulator")
+    at = run_file(tmp_path / "at", place / "emulator", private={"mailbox": "rounds.sock"})
+    owner = tmp_path / "owner"
     command.json("owner", "init", owner, "--name", "acme")
-    with Owner(owner, place / "model", "127.0.0.1:0", "--rounds", 2, "--deltas", runs["a"]) as serving:
+    more = ("--rounds", 2, "--parties-per-round", 1, "--deltas", own)
+    with Owner(owner, place / "model", "127.0.0.1:0", *more) as serving:
         address = serving.address
-        parties = {name: joined(command, owner, tmp_path, name) for name in counts}
-        command.json("party", "emulate", parties["a"], runs["a"])
-        assert "holds joint rounds itself" in command.refused("party", "tune", parties["a"], at["a"])
-        tuning = [Process(tmp_path / f"{name}.log", "party", "tune", parties[name], run) for name, run in runs.items()]
-        for one in tuning:
-            one.wait()
-        found["owner"] = [delta_of(party) for party in parties.values()]
-        begin, _ = native.read(parties["a"] / "tuned" / "delta")
-    machine = DurableRounds(Coordinator(RoundSettings(rounds=3, parties=2, quorum=2), Weighted(), begin.state, run="m"),
+        party = joined(command, owner, tmp_path)
+        assert "holds joint rounds itself" in command.refused("party", "tune", party, at)
+        command.json("party", "tune", party, own, "--overwrite")
+    expected = delta_of(party)
+    begin, _ = native.read(party / "tuned" / "delta")
+    machine = DurableRounds(Coordinator(RoundSettings(rounds=3, parties=1, quorum=1), Weighted(), begin.state, run="m"),
                             tmp_path / "machine")
+
+    def engine():
+        while not (stand := machine.answer("a", StandRequest())).done:
+            machine.answer("a", carry(stand, Path("a/rounds.sock"), patience=200))
+        assert carry(stand, Path("a/rounds.sock"), patience=200) is None
+
+    thread = threading.Thread(target=engine, daemon=True)
+    thread.start()
     with Owner(owner, place / "model", address):
-        tuning = [Process(tmp_path / f"{name}-at.log", "party", "tune", parties[name].relative_to(tmp_path), run, "--overwrite")
-                  for name, run in at.items()]
-        while not machine.coordinator.done:
-            stands = {name: machine.answer(name, StandRequest()) for name in parties}
-            for name, stand in stands.items():
-                if stand.wanted:
-                    machine.answer(name, carry(stand, Path(name) / "rounds.sock", patience=120))
-        for name in parties:
-            assert carry(machine.answer(name, StandRequest()), Path(name) / "rounds.sock") is None
-        for one in tuning:
-            one.wait()
-        found["mailboxes"] = [delta_of(party) for party in parties.values()]
-        facts = [json.loads((party / "state" / "tuned.json").read_text())["private"] for party in parties.values()]
-    assert found["mailboxes"] == found["owner"] and found["owner"][0] == found["owner"][1]
-    assert [one["rounds"] for one in facts] == [2, 2]
+        tuned = command.json("party", "tune", Path("a"), at, "--overwrite")
+    thread.join(20)
+    assert delta_of(party) == expected and not (party / "rounds.sock").exists()
+    assert tuned["private"]["rounds"] == 2 and tuned["private"]["samples"] == 64
+    assert machine.coordinator.version == 3
