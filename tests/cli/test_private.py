@@ -1,13 +1,21 @@
 """The commands of private tuning from end to end: real processes, a toy model, mutual TLS on loopback."""
 
 import json
+import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from deltaloom.checkpoint import native
 from deltaloom.private import client
+from deltaloom.private.coordinating import DurableRounds
+from deltaloom.private.mailbox import carry
+from deltaloom.private.means.weighted import Weighted
+from deltaloom.private.round_messages import StandRequest
+from deltaloom.private.rounds import Coordinator, RoundSettings
 from deltaloom.private.wire.convert import encode_message
 from tests.cli.private_flow import CANARY, PREFIX, Owner, Process, delta_of, emulator_of, rows_of, run_file, toy_model, wait_for
 from tests.jobs.small import NO_DROP, WIDTH, records, write_rows, write_run
@@ -222,3 +230,37 @@ def test_labels_at_the_owner_and_a_guard(command, place, tmp_path):
     assert "inferred from gradients" in page and "inferred from a round" in page
     assert "unknown attack" in command.refused("leakage", party, "--data", tmp_path / "sample.jsonl", "--attack", "magic")
     assert (party / "leakage.html").exists()
+
+
+@pytest.mark.slow
+def test_rounds_that_another_engine_brings_end_as_the_owners_own(command, place, tmp_path, monkeypatch):
+    """The same party once in the owner's rounds, once at a mailbox, with the same coordinator behind both."""
+    monkeypatch.chdir(tmp_path)   # a mailbox's path has to be short
+    own = run_file(tmp_path / "own", place / "emulator")
+    at = run_file(tmp_path / "at", place / "emulator", private={"mailbox": "rounds.sock"})
+    owner = tmp_path / "owner"
+    command.json("owner", "init", owner, "--name", "acme")
+    more = ("--rounds", 2, "--parties-per-round", 1, "--deltas", own)
+    with Owner(owner, place / "model", "127.0.0.1:0", *more) as serving:
+        address = serving.address
+        party = joined(command, owner, tmp_path)
+        assert "holds joint rounds itself" in command.refused("party", "tune", party, at)
+        command.json("party", "tune", party, own, "--overwrite")
+    expected = delta_of(party)
+    begin, _ = native.read(party / "tuned" / "delta")
+    machine = DurableRounds(Coordinator(RoundSettings(rounds=3, parties=1, quorum=1), Weighted(), begin.state, run="m"),
+                            tmp_path / "machine")
+
+    def engine():
+        while not (stand := machine.answer("a", StandRequest())).done:
+            machine.answer("a", carry(stand, Path("a/rounds.sock"), patience=200))
+        assert carry(stand, Path("a/rounds.sock"), patience=200) is None
+
+    thread = threading.Thread(target=engine, daemon=True)
+    thread.start()
+    with Owner(owner, place / "model", address):
+        tuned = command.json("party", "tune", Path("a"), at, "--overwrite")
+    thread.join(20)
+    assert delta_of(party) == expected and not (party / "rounds.sock").exists()
+    assert tuned["private"]["rounds"] == 2 and tuned["private"]["samples"] == 64
+    assert machine.coordinator.version == 3

@@ -10,7 +10,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from deltaloom.private.client import GrpcChannel
 from deltaloom.private.front import FrontModel, Learner
 from deltaloom.private.guards.base import UpdateGuard
 from deltaloom.private.joining import Participant, Trained
-from deltaloom.private.round_messages import StandReply
+from deltaloom.private.round_messages import Asked, RoundReply, RoundRequest, StandReply
 from deltaloom.train.checkpoints import Checkpoint, latest_checkpoint
 from deltaloom.train.feed import Feed
 from deltaloom.train.loop import train
@@ -86,7 +86,7 @@ class InRounds(Training):
     """Joint rounds: train from the common values, send, take the mean."""
 
     def __init__(self, prepared: Prepared, model: FrontModel, window: int, *, state: PartyState, which: str, party: str,
-                 connect: Callable[[], GrpcChannel], guard: UpdateGuard | None) -> None:
+                 connect: Callable[[], Asked], guard: UpdateGuard | None) -> None:
         super().__init__(prepared, model, window)
         steps = planned_steps(prepared.parts.train, feed_of(prepared))
         if steps is None:
@@ -94,7 +94,7 @@ class InRounds(Training):
                                 "they count for each round.")
         self.steps = steps
         self.state, self.which, self.party, self.guard = state, which, party, guard
-        self.channel = connect()
+        self.coordinator = connect()
         self.first = {name: tensor.clone() for name, tensor in model.tuned.delta_state().items()}
         self._results: list[TrainResult] = []
 
@@ -116,7 +116,7 @@ class InRounds(Training):
     def run(self, loop: Loop, evaluate: Evaluate | None) -> TrainResult:
         """All rounds; the tuned front then has the common values."""
         began = time.perf_counter()
-        someone = Participant(self.party, self.state.folder / ROUNDS, lambda request: self.channel.submit(request).result(),
+        someone = Participant(self.party, self.state.folder / ROUNDS, self.coordinator.ask,
                               lambda number, common: self._round(number, common, loop, evaluate), wait=_wait, guard=self.guard,
                               secret=self.state.noise_key)
         (self.state.folder / ROUNDS).mkdir(parents=True, exist_ok=True)
@@ -154,6 +154,22 @@ class InRounds(Training):
         own = self.model.tuned.delta_state()
         self.model.tuned.load_delta_state({name: tensor.to(own[name].dtype) if name in own else tensor
                                            for name, tensor in common.items()})
+
+    def close(self) -> None:
+        """The way to the coordinator."""
+        self.coordinator.close()
+
+
+@dataclass(frozen=True)
+class OverGrpc:
+    """Rounds that the owner itself holds."""
+
+    channel: GrpcChannel
+
+    def ask(self, request: RoundRequest) -> RoundReply:
+        """As `Asked.ask`."""
+        reply: RoundReply = self.channel.submit(request).result()
+        return reply
 
     def close(self) -> None:
         """The stream of the rounds."""

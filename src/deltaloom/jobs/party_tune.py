@@ -35,7 +35,7 @@ from deltaloom.jobs.party import (
     member,
     own_methods,
 )
-from deltaloom.jobs.party_loop import ROUNDS, Alone, InRounds, Training
+from deltaloom.jobs.party_loop import ROUNDS, Alone, InRounds, OverGrpc, Training
 from deltaloom.jobs.prepare import Prepared, Say, parse_parts
 from deltaloom.jobs.runfile import Run
 from deltaloom.jobs.scoring import SAMPLE_TOKENS
@@ -47,9 +47,11 @@ from deltaloom.private.cut import Half, Holder, split
 from deltaloom.private.decode import Writer
 from deltaloom.private.front import FrontModel
 from deltaloom.private.halves import save_half
+from deltaloom.private.mailbox import Mailbox
 from deltaloom.private.messages import BackFacts
 from deltaloom.private.personal import attach_personal
 from deltaloom.private.remote import RemoteBack
+from deltaloom.private.round_messages import Asked
 from deltaloom.private.settings import PrivateSettings, parse_private
 from deltaloom.report.card import model_card
 from deltaloom.report.facts import read_run
@@ -160,13 +162,23 @@ class _Session:
         return self.guarding.privacy(rounds=isinstance(self.training, InRounds))
 
     def _training(self, prepared: Prepared, model: FrontModel) -> Training:
-        """In joint rounds if the owner holds any."""
-        window, guard = self.settings.window, self.settings.guard_of_updates()
-        if self.personal or not self.channel.welcome.limits.get("rounds"):
+        """In joint rounds if the owner holds any, or another engine brings them."""
+        window, guard, mailbox = self.settings.window, self.settings.guard_of_updates(), self.settings.mailbox
+        held = bool(self.channel.welcome.limits.get("rounds"))
+        if held and mailbox is not None:
+            raise SettingsError("the owner holds joint rounds itself", got="private.mailbox",
+                                hint="Leave the mailbox out, or ask the owner to serve without --rounds.")
+        if self.personal or not (held or mailbox is not None):
             return Alone(prepared, model, window)
         membership = member(self.folder)
-        return InRounds(prepared, model, window, state=self.state, which=TUNED, party=membership.contact.party, guard=guard,
-                        connect=lambda: connect(membership, self.settings, run=self.name, purpose="rounds", methods=self.methods))
+        party = membership.contact.party
+
+        def coordinator() -> Asked:
+            if mailbox is not None:
+                return Mailbox(self.folder / mailbox, party, model.tuned.delta_state(), say=self.say)
+            return OverGrpc(connect(membership, self.settings, run=self.name, purpose="rounds", methods=self.methods))
+
+        return InRounds(prepared, model, window, state=self.state, which=TUNED, party=party, guard=guard, connect=coordinator)
 
     def facts(self) -> dict[str, Any]:
         """What the run cost on the wire, in all its processes."""

@@ -80,6 +80,20 @@ RoundRequest = StandRequest | AnswerRequest | LeaveRequest
 RoundReply = StandReply | AnswerReply | DoneReply
 
 
+class Asked(Protocol):
+    """A party's way to the coordinator, whatever carries it."""
+
+    def ask(self, request: RoundRequest) -> RoundReply:
+        """The reply to a request, sent again if the connection broke.
+
+        Raises:
+            DeltaloomError: what the coordinator refuses, or that it cannot be reached.
+        """
+
+    def close(self) -> None:
+        """Give the connection back."""
+
+
 class Coordinating(Protocol):
     """The coordinator behind any wire; may be called from several threads; returns at once, parties ask again."""
 

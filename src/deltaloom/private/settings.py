@@ -22,6 +22,8 @@ class PrivateSettings(Settings):
     codec: str = Field("bf16", description="how tensors travel: fp32, bf16 or int8")
     guards: tuple[dict[str, Any], ...] = Field((), description="[{guard: NAME, ...}], in order; what protects the first result")
     update_guard: str | None = Field(None, description="what hides single updates in joint rounds; as the owner's rounds have it")
+    mailbox: str | None = Field(None, description="a socket in the party's folder, or elsewhere, at which another engine brings "
+                                "joint rounds; default: the owner's own, if it holds any")
     dp_delta: float = Field(1e-6, gt=0, lt=1, description="the probability with which a stated epsilon may fail: far below one "
                             "over the number of tokens; what guards are worth is stated at it")
     window: int = Field(4, ge=1, le=256, description="micro-batches under way at once; the owner may allow fewer")
@@ -41,7 +43,9 @@ class PrivateSettings(Settings):
         if wrong:
             raise SettingsError("private.guards: this guards updates of rounds, not rows", got=wrong[0],
                                 hint=f"Write update_guard: {wrong[0]}.")
-        self.guard_of_updates()
+        if self.guard_of_updates() is not None and self.mailbox is not None:
+            raise SettingsError("private.update_guard: this hides updates in the owner's own rounds only",
+                                got=self.update_guard, hint="Leave update_guard out, or the mailbox.")
 
     def row_guards(self) -> tuple[Guard, ...]:
         """The guards of what crosses the cut."""
