@@ -168,10 +168,11 @@ class Task(ABC):
     @property
     def max_length(self) -> int:
         """Tokens an example may have: what the settings say, but no more than the tokenizer and the model's positions allow."""
-        return min(self.settings.max_length, self._most_tokens)
+        return min(self.settings.max_length, self.most_tokens)
 
     @property
-    def _most_tokens(self) -> int:
+    def most_tokens(self) -> int:
+        """Tokens that the tokenizer and the model's positions allow."""
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)  # some models count none
         allowed = self.tokenizer.model_max_length
         return min(allowed, positions) if isinstance(positions, int) and positions > 0 else allowed
@@ -179,7 +180,7 @@ class Task(ABC):
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how the settings meet this model; shown as warnings."""
-        if self._tokenizer is None or self.settings.max_length <= self._most_tokens:
+        if self._tokenizer is None or self.settings.max_length <= self.most_tokens:
             return ()
         return (f"data.max_length {self.settings.max_length} counts as {self.max_length}, the most that the model and its "
                 "tokenizer allow",)

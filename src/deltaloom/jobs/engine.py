@@ -16,6 +16,7 @@ from deltaloom.errors import SettingsError, did_you_mean
 from deltaloom.evaluate.base import Task
 from deltaloom.events import Emitter
 from deltaloom.generate import generate
+from deltaloom.jobs.budget import memory_left
 from deltaloom.jobs.prepare import Prepared
 from deltaloom.jobs.scoring import SAMPLE_TOKENS, Scores, answers, score, shown_rows
 from deltaloom.train.checkpoints import Checkpoint, latest_checkpoint
@@ -82,6 +83,13 @@ class Engine(ABC):
         """
         self.tuned.controllers(plan)
 
+    def check_memory(self) -> None:  # noqa: B027 (a back elsewhere looks after its own)
+        """That the memory for a step is there, before anything of an earlier run is removed.
+
+        Raises:
+            ResourceError: it is not; says what to change.
+        """
+
     @abstractmethod
     def train(self, loop: Loop) -> TrainResult:
         """Train the deltas."""
@@ -118,14 +126,18 @@ class Here(Engine):
     checkpoint: Checkpoint | None = None
 
     def check(self, plan: StepPlan) -> None:
-        """Also that what its strategy asks for can be, and that its memory is there."""
+        """Also that what its strategy asks for can be."""
         check_team(self.tuned, self.team)
         strategy = self._strategy()
         controllers = self.tuned.controllers(replace(plan, on_demand=strategy is not None and strategy.grows))
         if strategy is not None:
             check_room(strategy, controllers, self.tuned.counts()[0])
-        if not self.prepared.parts.train.shard:  # a base that is spread over processes is not tried beforehand
-            check_memory(trial_of(self.prepared, self.tuned))
+
+    def check_memory(self) -> None:
+        """Of its largest micro-batch; a base that is spread over processes is not tried beforehand."""
+        prepared = self.prepared
+        if not prepared.parts.train.shard:
+            check_memory(trial_of(prepared, self.tuned), memory_left(prepared.parts.budget, self.tuned, prepared.model_bytes))
 
     def _strategy(self) -> Strategy | None:
         plan = self.prepared.parts.strategy

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import yaml
 
+from deltaloom.deltas.measured import choice_for, default_rate
 from deltaloom.errors import RefusedError, SettingsError, did_you_mean
 from deltaloom.files import write_atomic
 from deltaloom.registry import names_in
 
 TEXT = """\
 # A run of deltaloom. Look before: deltaloom plan {name}      Train: deltaloom tune {name}
+# What is left out is proposed, with reasons, by: deltaloom plan {name} --advise
 model: {model}
 task: {task}
 data:
@@ -21,7 +23,7 @@ data:
   format: auto                # what was detected is printed
   max_length: {length}
 deltas:                       # one or several, composed in this order; `deltaloom methods` lists them
-  - {{method: lora, rank: 8, alpha: 16, targets: all-linear}}
+  - {delta}
 train:
   epochs: {epochs}
   batch_size: {batch}
@@ -34,9 +36,8 @@ output: runs/{stem}
 """
 BUNDLED = {"causal-lm": "bundled:smollm2-135m-instruct"} | dict.fromkeys(
     ("sequence-classification", "token-classification", "regression"), "bundled:minilm")
-# rates: for a low-rank delta the best rate is about ten times that of full tuning
-GENERATES = {"length": 512, "epochs": 1, "batch": 16, "rate": "1.0e-3"}
-CLASSIFIES = {"length": 128, "epochs": 3, "batch": 32, "rate": "1.0e-3"}
+GENERATES = {"length": 512, "epochs": 1, "batch": 16}
+CLASSIFIES = {"length": 128, "epochs": 3, "batch": 32}
 
 
 def write_starter(path: Path, *, task: str, model: str | None, train: str, overwrite: bool = False) -> Path:
@@ -53,8 +54,11 @@ def write_starter(path: Path, *, task: str, model: str | None, train: str, overw
     chosen = model or BUNDLED.get(task)
     if chosen is None:
         raise SettingsError(f"no bundled model does {task}", hint="Name one with --model: a folder or a hub id.")
-    values = GENERATES if task.endswith("-lm") else CLASSIFIES
-    text = TEXT.format(name=path.name, stem=path.stem, model=_quoted(chosen), task=task, train=_quoted(train), **values)
+    generates = task.endswith("-lm")
+    delta = {**choice_for(None, generates=generates).delta, "targets": "all-linear"}
+    text = TEXT.format(name=path.name, stem=path.stem, model=_quoted(chosen), task=task, train=_quoted(train),
+                       delta=yaml.safe_dump(delta, sort_keys=False, default_flow_style=True, width=math.inf).strip(),
+                       rate=f"{default_rate([delta], generates=generates):.1e}", **(GENERATES if generates else CLASSIFIES))
     return write_atomic(path, text)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from deltaloom.checkpoint.record import read_record
 from deltaloom.errors import ResourceError
 from deltaloom.events import finite
+from deltaloom.jobs.budget import check_numbers, memory_left
 from deltaloom.jobs.engine import feed_of, trial_of
 from deltaloom.jobs.estimate import flops_per_token, rough_seconds
 from deltaloom.jobs.opening import needs_delta
@@ -31,9 +32,25 @@ def plan(run: Run, *, say: Say = print) -> dict[str, Any]:
     parts = parse_parts(run)
     give_back_freed_memory()  # as training does, so that the peak is the same
     record = read_record(needs_delta(parts.continued)) if parts.continued else None
-    prepared = prepare(run, parts, say=say, record=record)
-    tokens = _tokens(prepared)
+    return planned(prepare(run, parts, say=say, record=record), say=say)
+
+
+def planned(prepared: Prepared, *, say: Say) -> dict[str, Any]:
+    """The plan of a run whose rows and model are ready; its deltas are off the model again at the end.
+
+    Raises:
+        DeltaloomError: as `plan`.
+    """
     tuned = attached(prepared)
+    try:
+        return _plan_of(prepared, tuned, say)
+    finally:
+        tuned.detach()
+
+
+def _plan_of(prepared: Prepared, tuned: Tuned, say: Say) -> dict[str, Any]:
+    check_numbers(prepared.parts.budget, tuned, prepared.model_parameters)
+    tokens = _tokens(prepared)
     deltas, heads = tuned.counts()
     share = prepared.facts["learned_tokens"] / max(prepared.facts["tokens"], 1) if prepared.task.generates else 0.0
     flops = flops_per_token(untouched_sites(tuned), deltas + heads, share)
@@ -59,7 +76,7 @@ def _tried(prepared: Prepared, tuned: Tuned, *, rough: float) -> tuple[Forecast,
     """What a few steps say; for a run that does not fit into memory, what it needs at least and why it does not."""
     trial = trial_of(prepared, tuned)
     try:
-        check_memory(trial)
+        check_memory(trial, memory_left(prepared.parts.budget, tuned, prepared.model_bytes))
     except ResourceError as error:
         return Forecast(rough, trial.need), str(error)
     settings, feed = prepared.parts.train, feed_of(prepared)

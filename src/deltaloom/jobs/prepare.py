@@ -6,7 +6,7 @@ Data comes first, because most mistakes are there and reading it is quick; the m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,12 @@ from deltaloom.data.facts import data_facts, overlap
 from deltaloom.data.labels import LabelMap
 from deltaloom.data.read import Data, read_data
 from deltaloom.data.settings import DataSettings
-from deltaloom.deltas.base import Method, methods_from
+from deltaloom.deltas.base import Method, method_record, methods_from
 from deltaloom.deltas.full import Full
+from deltaloom.deltas.measured import default_rate
 from deltaloom.errors import RefusedError, SettingsError
 from deltaloom.evaluate.base import Task, task_named, task_names
+from deltaloom.jobs.budget import BudgetSettings
 from deltaloom.jobs.runfile import Run
 from deltaloom.models import LoadedModel, auto_precision, load_model
 from deltaloom.models.compact import form_of
@@ -50,6 +52,7 @@ class Parts:
     base: BaseSettings
     continued: Path | None  # the delta that training goes on from
     strategy: StrategyPlan | None = None
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
 
 
 @dataclass
@@ -97,16 +100,25 @@ def parse_parts(run: Run) -> Parts:
     if strategy is not None and strategy.metric is not None:
         train = train.model_copy(update={"metric": strategy.metric})  # the target is what the run is judged by
     base = BaseSettings.parse(file.base, "base")
+    budget = BudgetSettings.parse(file.budget, "budget")
     entries = [dict(entry) for entry in file.deltas]
     if not entries:
         raise SettingsError("deltas names no method", hint="`deltaloom methods` lists them; write: deltas: [{method: NAME}]")
     if not any("from" in entry for entry in entries):
         methods = tuple(method.settled(run.base) for method in methods_from(entries))
-        return Parts(task, data, methods, train, base, None, strategy)
+        return Parts(task, data, methods, _with_rate(train, methods, task), base, None, strategy, budget)
     if len(entries) > 1 or set(entries[0]) != {"from"}:
         raise SettingsError("deltas: an entry with 'from' stands alone and takes no further settings", got=entries,
                             hint="Its methods are those of the delta that training goes on from.")
-    return Parts(task, data, (), train, base, located(str(entries[0]["from"]), run.base), strategy)
+    return Parts(task, data, (), train, base, located(str(entries[0]["from"]), run.base), strategy, budget)
+
+
+def _with_rate(train: TrainSettings, methods: Sequence[Method], task: type[Task]) -> TrainSettings:
+    """The settings with the learning rate that was measured for these methods, where the run file names none."""
+    if "learning_rate" in train.model_fields_set:
+        return train
+    rate = default_rate([method_record(method) for method in methods], generates=task.generates)
+    return train.model_copy(update={"learning_rate": rate})
 
 
 def prepare(run: Run, parts: Parts, *, say: Say, record: DeltaRecord | None = None, device: str = "cpu") -> Prepared:

@@ -39,6 +39,7 @@ class RunFile(Settings):
     deltas: tuple[dict[str, Any], ...] = ()
     train: dict[str, Any] = Field(default_factory=dict)
     strategy: dict[str, Any] | None = None
+    budget: dict[str, Any] = Field(default_factory=dict)
     base: dict[str, Any] = Field(default_factory=dict)
     private: dict[str, Any] = Field(default_factory=dict)
     log: LogSettings = LogSettings()

@@ -22,6 +22,7 @@ from deltaloom.errors import RefusedError, SettingsError
 from deltaloom.evaluate.base import Prediction
 from deltaloom.events import Acted, Attached, DataRead, Emitter, JsonLines, Sampled, Sink, Warned, finite
 from deltaloom.files import write_atomic
+from deltaloom.jobs.budget import check_numbers, exceeded
 from deltaloom.jobs.doctor import environment
 from deltaloom.jobs.engine import Engine, Here, Loop, feed_of, measured, written
 from deltaloom.jobs.estimate import flops_per_token, matmul_rate
@@ -90,10 +91,12 @@ def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bo
         engine = team.together(lambda: through(prepared))
         stack.callback(engine.close)
         prepared = engine.prepared
+        team.together(lambda: check_numbers(parts.budget, engine.tuned, prepared.model_parameters))
         planned = planned_steps(parts.train, feed_of(prepared))
         if planned is not None:
             plan = StepPlan(planned)
             team.together(lambda: engine.check(plan))  # raises where the run is too short for them, before anything is removed
+        team.together(engine.check_memory)
         early: list[Any] = []
         resumed = resume and engine.resume(folder, _identity(prepared), Emitter([early.append]))
         if not resumed:
@@ -245,8 +248,8 @@ def _resolved(prepared: Prepared, folder: Path) -> dict[str, Any]:
     model = run.file.model if model_source(run) == run.file.model else seen_from(folder, run.file.model, run.base)
     return {"model": model, "task": prepared.task.name, "data": data, "deltas": deltas, "train": parts.train.as_dict(),
             "strategy": run.file.strategy,
-            "base": parts.base.as_dict(), "log": run.file.log.as_dict(), "private": run.file.private, "seed": run.file.seed,
-            "output": run.file.output}
+            "base": parts.base.as_dict(), "budget": parts.budget.given(), "log": run.file.log.as_dict(),
+            "private": run.file.private, "seed": run.file.seed, "output": run.file.output}
 
 
 def seen_from(folder: Path, value: Any, base: Path) -> Any:
@@ -278,6 +281,8 @@ def _finish(engine: Engine, result: TrainResult, scores: Scores, shown: Sequence
     if rows:
         _write_predictions(folder / "predictions.jsonl", scores.predictions, rows, [example.row for example in prepared.held])
     deltas, heads = tuned.counts()
+    for warning in exceeded(prepared.parts.budget, deltas, total):
+        emit(warning)
     methods = [method_record(part.method) for part in tuned.attached() if not part.is_head]
     metrics = {
         "run": folder.name, "task": task.name, "model": prepared.loaded.source, "methods": methods,

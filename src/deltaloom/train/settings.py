@@ -38,7 +38,8 @@ class TrainSettings(Settings):
         None, description="rows per optimizer step, 16 unless batch_tokens is given")
     batch_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="real tokens per optimizer step at most, instead of batch_size")
-    learning_rate: float = Field(1e-3, gt=0, description="the highest learning rate")
+    learning_rate: float = Field(1e-3, gt=0, description="the highest learning rate; a run file that names none gets "
+                                 "the one that was measured for its methods, where there is one (docs/advice.md)")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="how the learning rate goes to zero, or not")
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps in which the learning rate rises to its highest")
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay (sgd: L2) of tensors with two or more dimensions")
