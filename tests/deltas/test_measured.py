@@ -26,8 +26,8 @@ def raw_losses() -> dict[tuple[str, str, bool], dict[float, float]]:
     for path in RAW.glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            spec = record["spec"]
-            if spec["part"] == "held" and spec["limit"] is None and "loss" in record:
+            spec = record.get("spec")
+            if spec and spec["part"] == "held" and spec["limit"] is None and "loss" in record:
                 found[spec["candidate"], spec["budget"], spec["task"] == "e2e"][spec["rate"]] = record["loss"]
     return found
 
@@ -40,7 +40,7 @@ def name(row: Rate) -> str:
 def test_a_row_is_what_the_raw_figures_say(row):
     losses = raw_losses()[(*row.run, row.generates)]
     assert sorted(row.tried) == sorted(losses)
-    assert losses[row.rate] == min(losses.values())
+    assert row.rate == min(rate for rate, loss in losses.items() if loss <= 1.01 * min(losses.values()))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name)
