@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from deltaloom import attention
-from deltaloom.data.batches import collate
+from deltaloom.data.batches import collate, sizes_of
 from deltaloom.data.encode import Example
 from deltaloom.deltas.bitfit import BitFit
 from deltaloom.deltas.bottleneck import Bottleneck
@@ -25,12 +25,10 @@ from deltaloom.deltas.prefix import Prefix
 from deltaloom.deltas.prompt import Prompt
 from deltaloom.errors import Interrupted, NonFiniteError
 from deltaloom.events import Evaluated, Finished, Step, Warned
-from deltaloom.kernels.dropout import Stream, by_streams
 from deltaloom.train.cohort import Cohort
 from deltaloom.train.feed import ExampleFeed
 from deltaloom.train.loop import LOSS, Start, train
 from deltaloom.train.settings import EarlyStop, TrainSettings
-from deltaloom.train.state import seed_everything
 from deltaloom.tuned import Tuned, attach
 from tests.toys import toy
 from tests.train.pieces import Log, ToyMethod, rows
@@ -98,7 +96,9 @@ class Spec:
 
 
 def settings(steps: int = 6, **more: Any) -> TrainSettings:
-    return TrainSettings(**{"max_steps": steps, "batch_size": 4, "learning_rate": 1e-3} | more)
+    """AdamW with a large eps: with a small one it makes whole steps of gradients that are nothing but rounding."""
+    given = {"max_steps": steps, "batch_size": 4, "learning_rate": 1e-3} | more
+    return TrainSettings(**given if given.get("optimizer") == "sgd" else {"eps": 1e-5} | given)
 
 
 def run_alone(layout: str, spec: Spec, task: Any, model: nn.Module | None = None) -> tuple[dict[str, torch.Tensor], Any, Log]:
@@ -135,7 +135,8 @@ def assert_same_runs(layout: str, specs: list[Spec], tolerance: float = 1e-6, **
         expected, result, log = run_alone(layout, spec, task)
         assert state.keys() == expected.keys()
         for name, tensor in expected.items():
-            torch.testing.assert_close(state[name], tensor, atol=tolerance, rtol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(state[name], tensor, atol=tolerance, rtol=tolerance,
+                                       msg=lambda text, n=name: f"{n}: {text}")
         assert (outcome.step, outcome.reason, outcome.tokens) == (result.step, result.reason, result.tokens)
         for key, value in result.metrics.items():
             assert outcome.metrics[key] == pytest.approx(value, rel=tolerance, abs=tolerance)
@@ -156,7 +157,8 @@ MIXED = [
     lambda: Spec([LoRA(rank=2, dropout=0.2)], settings(), seed=1),
     lambda: Spec([LoRA(rank=4, targets="attention"), ToyMethod(weight=0.01, targets="mlp")],
                  settings(5, learning_rate=3e-3, schedule="cosine", clip=None), seed=2),
-    lambda: Spec([LoRA(rank=3, dropout=0.1)], settings(9, batch_size=3, optimizer="sgd", learning_rate=1e-2, clip=0.1, weight_decay=0.1), seed=1),
+    lambda: Spec([LoRA(rank=3, dropout=0.1)], 
+                 settings(9, batch_size=3, optimizer="sgd", learning_rate=1e-2, clip=0.1, weight_decay=0.1), seed=1),
     lambda: Spec([IA3()], settings(4, batch_size=6)),
     lambda: Spec([DoRA(rank=2, dropout=0.3, targets="mlp")], settings(7)),
     lambda: Spec([Bottleneck(size=3)], settings(6)),
@@ -175,6 +177,112 @@ def test_heads_prefixes_and_replaced_tensors(layout):
     head = [Full(targets="re:.*(classifier|score)")] if KINDS[layout] == "class" else []
     specs = [Spec([Prefix(length=3)], settings(), heads=head), Spec([Prefix(length=5)], settings(5), heads=head, seed=1),
              Spec([LoRA(rank=2, dropout=0.1)], settings(), heads=head),
-             Spec([BitFit()] if layout != "llama-classifier" and layout != "t5" else [IA3()], settings(optimizer="sgd"), heads=head)]
+             Spec([BitFit()] if layout == "bert" else [IA3()], settings(optimizer="sgd"), heads=head)]
     assert_same_runs(layout, specs)
     assert common(specs)
+
+
+def metric(tuned: Tuned) -> dict[str, float]:
+    """An evaluation that is worse every time, by a little that depends on the deltas; it draws random numbers too."""
+    torch.rand(3)
+    size = sum(float(tensor.double().square().sum()) for tensor in tuned.delta_state().values())
+    return {"loss": size}
+
+
+def test_runs_end_when_they_end_and_the_next_ones_take_their_places():
+    def specs():
+        early = settings(40, eval_every=2, early_stop=EarlyStop(patience=1), restore_best=True)
+        return [Spec([LoRA(rank=2, dropout=0.1)], settings(3, eval_every=1), evaluate=metric),
+                Spec([LoRA(rank=3)], early, evaluate=metric, seed=1), Spec([ToyMethod(weight=0.1)], settings(7), seed=2),
+                Spec([LoRA(rank=1, dropout=0.2)], settings(4), seed=3),
+                Spec([LoRA(rank=2)], settings(epochs=0.5, max_steps=None))]
+    own = specs()
+    assert_same_runs("gpt2", own, slots=2)
+    assert common(own)
+    assert own[1].log.of(Finished)[0].reason == "early_stop"
+    assert [event.step for event in own[0].log.of(Evaluated)] == [1, 2, 3]
+
+
+def test_a_run_that_is_no_longer_finite_leaves_and_the_others_go_on_unharmed():
+    def specs():
+        return [Spec([LoRA(rank=2, dropout=0.1)], settings()), Spec([LoRA(rank=2)], settings(learning_rate=1e38, clip=None)),
+                Spec([LoRA(rank=2, dropout=0.1)], settings(), seed=1)]
+    bad = specs()
+    outcomes = run_together("bert", bad, Rows())
+    assert isinstance(outcomes[1][1], NonFiniteError) and "non-finite" in str(outcomes[1][1])
+    for number in (0, 2):
+        expected, _, _ = run_alone("bert", specs()[number], Rows())
+        for name, tensor in expected.items():
+            torch.testing.assert_close(outcomes[number][0][name], tensor, atol=1e-6, rtol=1e-6)
+    assert common(bad)
+
+
+@pytest.mark.parametrize(("methods", "more", "reason"), [
+    ([Prompt(length=2)], {}, "in front of the text"), ([LoRA(rank=2)], {"gradient_checkpointing": True}, "computed again")])
+def test_what_cannot_share_a_pass_takes_its_steps_alone_and_says_so(methods, more, reason):
+    specs = [Spec([LoRA(rank=2, dropout=0.1)], settings()), Spec(methods, settings(**more), seed=1),
+             Spec([LoRA(rank=4)], settings())]
+    assert_same_runs("llama", specs)
+    assert not common(specs) and common([specs[0], specs[2]])
+    assert reason in specs[1].log.of(Warned)[-1].message
+
+
+def test_a_model_whose_draws_cannot_be_told_apart_is_trained_run_by_run(monkeypatch):
+    """Its attention is transformers' own, which draws for the whole batch at once."""
+    monkeypatch.setattr(attention, "install", lambda model: None)
+    specs = [Spec([LoRA(rank=2)], settings(4)), Spec([LoRA(rank=2)], settings(4), seed=1)]
+    assert_same_runs("llama", specs)
+    assert all("told apart" in spec.log.of(Warned)[-1].message for spec in specs)
+
+
+class Failing(Rows):
+    """Fails where rows of several runs are together."""
+
+    def row_losses(self, model, batch):
+        if isinstance(model.routing.lanes, tuple):
+            raise RuntimeError("no room for so many")
+        return super().row_losses(model, batch)
+
+
+def test_what_fails_together_is_tried_alone():
+    specs = [Spec([LoRA(rank=2, dropout=0.1)], settings(3)), Spec([LoRA(rank=2)], settings(3), seed=1)]
+    together = run_together("gpt2", specs, Failing())
+    for spec, (state, outcome) in zip(specs, together, strict=True):
+        expected, result, _ = run_alone("gpt2", spec, Rows())
+        assert outcome.step == result.step == 3
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+        assert "no room" in spec.log.of(Warned)[-1].message
+
+
+def test_steps_that_fill_a_pass_are_taken_alone_bit_for_bit():
+    specs = [Spec([LoRA(rank=2, dropout=0.1)], settings(3)), Spec([LoRA(rank=2)], settings(3), seed=1)]
+    for spec, (state, _) in zip(specs, run_together("gpt2", specs, Rows(), room=8), strict=True):
+        expected, _, _ = run_alone("gpt2", spec, Rows())
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_signal_ends_every_run_of_a_cohort():
+    tuned, task = Tuned(shaky("gpt2")), Rows()
+    with Cohort(tuned, task) as cohort:
+        for number in range(2):
+            tuned.add(f"run-{number}", [LoRA(rank=2)])
+            spec = Spec([], settings(9))
+            cohort.join(Start(tuned, task, spec.feed("gpt2"), spec.settings, spec.log.emit, 0, None, LOSS, None, None, None, {}),
+                        f"run-{number}")
+        assert cohort.step() == []
+        cohort.stop.name = "SIGTERM"
+        left = cohort.step()
+    assert len(left) == 2 and all(isinstance(each.outcome, Interrupted) for each in left) and not cohort.members
+
+
+def test_rows_of_a_common_batch_know_what_they_would_be_alone():
+    for kind, layout in (("causal", "gpt2"), ("class", "bert"), ("seq2seq", "t5")):
+        chosen = examples(layout, 9)
+        whole = collate(chosen, 0, kind, 0)
+        for start, stop in ((0, 4), (4, 6), (6, 9)):
+            alone, sizes = collate(chosen[start:stop], 0, kind, 0), sizes_of(whole, start, stop)
+            assert (sizes.rows, sizes.tokens, sizes.padded_tokens) == (alone.rows, alone.tokens, alone.padded_tokens)
+            for name, tensor in alone.inputs.items():
+                assert sizes.widths[whole.inputs[name].shape[1]] == tensor.shape[1]
+    same = [Example(0, [3] * 5, [4] * 2, 7), Example(1, [3] * 4, [4] * 5, 9)]
+    assert sizes_of(collate(same, 0, "seq2seq", 0), 0, 1) is None

@@ -169,8 +169,8 @@ def carry_out_trial(run: SearchRun, objectives: Sequence[Objective], bench: Benc
 
     def result() -> dict[str, Any]:
         try:
-            return carry_out(trial_run(run, asked), bench.engine, overwrite=True, say=silent, show=False, make_ready=bench.prepare,
-                             sinks=[Watch(asked, objectives[0].name)])
+            return carry_out(trial_run(run, asked), bench.engine, overwrite=True, say=silent, show=False,
+                             make_ready=bench.prepare, sinks=[Watch(asked, objectives[0].name)])
         finally:
             bench.clear()
 

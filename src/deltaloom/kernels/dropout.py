@@ -10,6 +10,7 @@ shape that they would have alone, without the padding that the others brought. S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -70,7 +71,7 @@ def streams() -> tuple[Stream, ...]:
 
 @dataclass(frozen=True)
 class Front:
-    """Keys of a prefix before those of the text on the last axis: `width` of them, `seen` (batch, width) by each row; None: all."""
+    """Keys of a prefix before the text's on the last axis: `width` of them, `seen` (batch, width) by each row; None: by all."""
 
     width: int
     seen: Tensor | None
@@ -114,7 +115,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Draw:
-    """A dropout mask, which can be made again whenever it is needed."""
+    """A dropout mask, which can be made again whenever it is needed; its parts share one p."""
 
     parts: tuple[Part, ...]
 
@@ -124,15 +125,14 @@ class Draw:
         if first.rows is None:
             return multiplier(like, first.p, first.seed)
         shapes = [part.shape(like.shape) for part in self.parts]
-        made = [multiplier(like.new_empty(()).expand(shape), part.p, part.seed)
-                for part, shape in zip(self.parts, shapes, strict=True)]
+        counts = [math.prod(shape) for shape in shapes]
+        made = multipliers(like, first.p, [(part.seed, count) for part, count in zip(self.parts, counts, strict=True)])
         if all(shape[1:] == like.shape[1:] for shape in shapes):
-            return torch.cat(made)
-        mask = like.new_zeros(like.shape)
-        start = 0
-        for part, drawn in zip(self.parts, made, strict=True):
-            part.put(mask[start:start + len(drawn)], drawn)
-            start += len(drawn)
+            return made.view(like.shape)
+        mask, start = like.new_zeros(like.shape), 0
+        for part, shape, piece in zip(self.parts, shapes, made.split(counts), strict=True):
+            part.put(mask[start:start + shape[0]], piece.view(shape))
+            start += shape[0]
         return mask
 
 
@@ -180,12 +180,17 @@ def new_seed(generator: torch.Generator | None = None) -> int:
 
 def multiplier(like: Tensor, p: float, seed: int) -> Tensor:
     """0 or the scale for each entry of `like`, in its shape and dtype; the same for the same seed."""
+    return multipliers(like, p, [(seed, like.numel())]).view(like.shape)
+
+
+def multipliers(like: Tensor, p: float, seeds: Sequence[tuple[int, int]]) -> Tensor:
+    """The multipliers of several seeds, each with so many entries, one after another in one flat tensor like `like`."""
     if like.device.type != "cpu":
-        generator = torch.Generator(device=like.device).manual_seed(seed)
-        keep = torch.rand(like.shape, generator=generator, device=like.device) >= p
+        keep = torch.cat([torch.rand(count, generator=torch.Generator(device=like.device).manual_seed(seed), device=like.device)
+                          for seed, count in seeds]) >= p
         return keep.to(like.dtype) / (1.0 - p)
-    count = like.numel()
-    bits = np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.int16)[:count]
+    drawn = [np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.int16)[:count] for seed, count in seeds]
+    bits = drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
     dropped = round(p * LEVELS)
     # 15 bits as a signed number r in [-16384, 16383]; (limit - 1 - r) >> 15 is -1 (all bits set) where r >= limit, else 0
     bits >>= 1
@@ -193,7 +198,7 @@ def multiplier(like: Tensor, p: float, seed: int) -> Tensor:
     bits >>= 15
     scale = torch.tensor(LEVELS / (LEVELS - dropped), dtype=torch.bfloat16)
     bits &= np.int16(scale.view(torch.int16).item())
-    found = torch.from_numpy(bits).view(torch.bfloat16).view(like.shape)
+    found = torch.from_numpy(bits).view(torch.bfloat16)
     if like.dtype == torch.bfloat16:
         return found
     exact = LEVELS / (LEVELS - dropped) / float(scale)  # a bf16 scale is off by up to 0.4%; wider types get the exact one

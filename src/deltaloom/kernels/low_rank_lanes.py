@@ -89,11 +89,11 @@ class _LowRankLanes(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, affine: Affine, blocks: list[_Block], *factors: Tensor) -> Tensor:
         y = affine.product(x)
         stacks = [_stacks(factors[3 * block.first:3 * block.last], x.dtype) for block in blocks]
-        for block, (down, scale, up) in zip(blocks, stacks, strict=True):
-            low = torch.bmm(block.dropped(x), down.transpose(1, 2))
-            y[block.start:block.stop].view(block.count, -1, y.shape[-1]).baddbmm_(_scaled(low, scale), up.transpose(1, 2))
+        lows = [torch.bmm(block.dropped(x), stack[0].transpose(1, 2)) for block, stack in zip(blocks, stacks, strict=True)]
+        for block, (_, scale, up), low in zip(blocks, stacks, lows, strict=True):
+            y[block.start:block.stop].view(block.count, -1, y.shape[-1]).baddbmm_(_scaled(low, scale), up)
         ctx.save_for_backward(x)
-        ctx.affine, ctx.blocks, ctx.stacks = affine, blocks, stacks
+        ctx.affine, ctx.blocks, ctx.stacks, ctx.lows = affine, blocks, stacks, lows  # lows are small, so they are kept
         ctx.kinds = [(factor.dtype, factor.shape) for factor in factors]
         return y
 
@@ -103,10 +103,9 @@ class _LowRankLanes(torch.autograd.Function):
         g, needs = grads[0].contiguous(), ctx.needs_input_grad
         found: list[Tensor | None] = [None] * len(ctx.kinds)
         grad_x = ctx.affine.product_transposed(g) if needs[0] else None
-        for block, (down, scale, up) in zip(ctx.blocks, ctx.stacks, strict=True):
+        for block, (down, scale, up), low in zip(ctx.blocks, ctx.stacks, ctx.lows, strict=True):
             rows, out = block.dropped(x), block.rows(g)
-            back = torch.bmm(out, up)                                  # (lanes, rows, r)
-            low = torch.bmm(rows, down.transpose(1, 2))
+            back = torch.bmm(out, up.transpose(1, 2))                  # (lanes, rows, r)
             wanted = range(3 * block.first, 3 * block.last)
             if any(needs[3 + index] for index in wanted[1::3]):
                 _give(found, ctx.kinds, wanted[1::3], (back * low).sum(1, dtype=scale.dtype))
@@ -131,23 +130,30 @@ def _add_to_input(block: _Block, grad_x: Tensor, back: Tensor, down: Tensor) -> 
 
 
 def _stacks(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """down (lanes, r, d_in), scale (lanes, 1, r), up (lanes, d_out, r), filled up with zeros to the largest rank."""
-    down, scale, up = factors[0::3], factors[1::3], factors[2::3]
-    ranks = [len(each) for each in scale]
-    if len(set(ranks)) == 1:
-        return torch.stack(down).to(dtype), torch.stack(scale)[:, None], torch.stack(up).to(dtype)
-    found = (down[0].new_zeros(len(ranks), max(ranks), down[0].shape[1]), scale[0].new_zeros(len(ranks), 1, max(ranks)),
-             up[0].new_zeros(len(ranks), up[0].shape[0], max(ranks)))
-    for index, rank in enumerate(ranks):
-        found[0][index, :rank], found[1][index, 0, :rank], found[2][index, :, :rank] = down[index], scale[index], up[index]
-    return found[0].to(dtype), found[1], found[2].to(dtype)
+    """down (lanes, r, d_in), scale (lanes, 1, r), up (lanes, r, d_out), filled up with zeros to the largest rank."""
+    down, scale, up = factors[0::3], factors[1::3], [each.T for each in factors[2::3]]
+    most = max(each.shape[0] for each in scale)
+    return _stack(down, most).to(dtype), _stack(scale, most)[:, None], _stack(up, most).to(dtype)
+
+
+def _stack(parts: Sequence[Tensor], most: int) -> Tensor:
+    """Tensors (r, ...) as one (parts, most, ...), in one copy."""
+    empty = parts[0].new_zeros(most, *parts[0].shape[1:])
+    pieces = []
+    for part in parts:
+        pieces.append(part)
+        if part.shape[0] < most:
+            pieces.append(empty[part.shape[0]:])
+    return torch.cat(pieces).view(len(parts), *empty.shape)
 
 
 def _give(found: list[Tensor | None], kinds: Sequence[tuple[torch.dtype, torch.Size]], places: range, stacked: Tensor) -> None:
     """Each lane's own part of stacked gradients, without what was filled up."""
-    for place, grad in zip(places, stacked, strict=True):
+    if len({kinds[place][0] for place in places}) == 1:
+        stacked = stacked.to(kinds[places[0]][0])  # in one copy
+    for place, grad in zip(places, stacked.unbind(), strict=True):
         dtype, shape = kinds[place]
-        found[place] = grad[tuple(slice(size) for size in shape)].to(dtype)
+        found[place] = (grad if grad.shape == shape else grad[tuple(slice(size) for size in shape)]).to(dtype)
 
 
 def _scaled(low: Tensor, scale: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Left:
 
 
 class Cohort:
-    """Runs that share a tuned model and a task; use it as a context manager, add runs with `join`, and call `step` again and again.
+    """Runs that share a tuned model and a task: a context manager, to which `join` adds runs and whose `step` takes their steps.
 
     Within the block the model is in training mode and signals only note that the runs are to stop.
     """

@@ -143,7 +143,7 @@ class Start:
             tuned.load_delta_state(self.team.once(tuned.delta_state))
         trainable = sum(parameter.numel() for parameter in run.parameters.values())
         self.emit(Started(step=progress.step, total_steps=progress.total_steps, trainable_parameters=trainable,
-                          total_parameters=parameter_count(tuned)))
+                          total_parameters=parameter_count(tuned) - _of_others(tuned)))
         return run
 
     def _assembled(self, progress: Progress, memory: PeakMemory) -> Run:
@@ -162,6 +162,13 @@ class Start:
         if strategy is not None:
             check_room(strategy, run.controllers, tuned.counts()[0])
         return run
+
+
+def _of_others(tuned: Tuned) -> int:
+    """Parameters of the lanes that are not this run's."""
+    modules = [module for lane in tuned.lanes if lane != tuned.name for part in tuned.attached(lane)
+               for _, module in part.named_deltas()]
+    return sum({id(parameter): parameter.numel() for module in modules for parameter in module.parameters()}.values())
 
 
 def between_steps(run: Run, stop: StopRequest) -> str | None:

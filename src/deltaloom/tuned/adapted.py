@@ -134,6 +134,7 @@ class Adapted(nn.Module):
         self.routing = routing
         self.merged: str | None = None
         self.ran: set[str] = set()
+        self._pairs: dict[str, list[tuple[Site, Delta]]] = {}  # what `items` gives, as long as no lane changes here
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the frozen layer (`weight`, `bias`, `in_features`, ...) for code that reads them."""
@@ -149,6 +150,7 @@ class Adapted(nn.Module):
     def add(self, lane: str, site: Site, delta: Delta) -> None:
         """Append a delta to a lane."""
         key = f"lane:{lane}"
+        self._pairs.pop(lane, None)
         if key not in self.lanes:
             self.lanes[key] = nn.ModuleList()
             self.sites[key] = []
@@ -158,6 +160,7 @@ class Adapted(nn.Module):
     def remove(self, lane: str) -> None:
         """Forget a lane."""
         key = f"lane:{lane}"
+        self._pairs.pop(lane, None)
         if key in self.lanes:
             del self.lanes[key]
             for site in self.sites.pop(key):
@@ -175,10 +178,14 @@ class Adapted(nn.Module):
 
     def items(self, lane: str | None) -> list[tuple[Site, Delta]]:
         """The (site, delta) pairs of a lane, in order."""
-        key = f"lane:{lane}"
-        if lane is None or key not in self.lanes:
+        if lane is None:
             return []
-        return [(site, delta) for site, delta in zip(self.sites[key], self._list(key), strict=True) if isinstance(delta, Delta)]
+        found = self._pairs.get(lane)
+        if found is None:
+            key = f"lane:{lane}"
+            pairs = zip(self.sites[key], self._list(key), strict=True) if key in self.lanes else ()
+            found = self._pairs[lane] = [(site, delta) for site, delta in pairs if isinstance(delta, Delta)]
+        return found
 
     def _list(self, key: str) -> nn.ModuleList:
         found = self.lanes[key]
@@ -243,8 +250,8 @@ class Adapted(nn.Module):
         parts: dict[int, Tensor] = {}
         for stretch in apart:
             with self._only(stretch):
-                parts[stretch.start] = self._run(stretch.lane, x[stretch.start:stretch.stop], taken, stretch.rows.to(x.device),
-                                                 args, kwargs)
+                rows = stretch.rows.to(x.device)
+                parts[stretch.start] = self._run(stretch.lane, x[stretch.start:stretch.stop], taken, rows, args, kwargs)
         rest = [stretch for stretch in stretches if stretch.start not in parts]
         if rest:
             with of_lanes([stretch.lane for stretch in rest]):
@@ -261,8 +268,9 @@ class Adapted(nn.Module):
         chosen = [_leading(own, [True] * len(own)) if face is not None else [] for own in items]
         stops = list(accumulate(stretch.stop - stretch.start for stretch in stretches))
         starts = [0, *stops[:-1]]
-        branches = [Branch(str(stretch.lane), start, stop, *_joined(own, face.d_out), _dropout(own[0][1]))
-                    for stretch, own, start, stop in zip(stretches, chosen, starts, stops, strict=True) if own and face is not None]
+        branches = [] if face is None else [
+            Branch(str(stretch.lane), start, stop, *_joined(own, face.d_out), _dropout(own[0][1]))
+            for stretch, own, start, stop in zip(stretches, chosen, starts, stops, strict=True) if own]
         y = low_rank_lanes(face, x, branches) if face is not None and branches else self.base(x, *args, **kwargs)
         self.ran.update(str(stretch.lane) for stretch, own in zip(stretches, items, strict=True) if own)
         if all(len(own) == len(done) for own, done in zip(items, chosen, strict=True)):

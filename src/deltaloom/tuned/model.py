@@ -45,6 +45,7 @@ class Tuned(nn.Module):
         self.merged: str | None = None
         self.kept: Merged | None = None
         self.training = model.training
+        self._own_modules = tuple(model.modules())  # a step looks at them; walking through those of all lanes costs too much
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         model.requires_grad_(False)
 
@@ -318,7 +319,7 @@ class Tuned(nn.Module):
             RefusedError: a training step with reentrant activation checkpointing, which loses gradients.
         """
         if self.training and torch.is_grad_enabled():
-            refuse_reentrant(self.model)
+            refuse_reentrant(self._own_modules)
         labels = inputs.get("labels")
         with ExitStack() as stack:
             if isinstance(labels, Tensor) and labels.ndim == 2 and is_a_decoder(self.model):
