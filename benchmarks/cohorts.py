@@ -173,8 +173,8 @@ def main() -> None:
             entries.append({"task": name, "precision": ready.precision, **measure(ready, rows, given.rounds, given.steps)})
             given.output.write_text(json.dumps(result, indent=1) + "\n")
     for entry in entries:
-        print(f"{entry['task']}, {entry['rows']} rows ({entry['tokens_per_step']:.0f} tokens): {entry['ratio']:.2f} times as fast "
-              f"in common, losses differ by at most {entry['differs']:.1e}")
+        print(f"{entry['task']}, {entry['rows']} rows ({entry['tokens_per_step']:.0f} tokens): {entry['ratio']:.2f} times as "
+              f"fast in common, losses differ by at most {entry['differs']:.1e}")
 
 
 if __name__ == "__main__":

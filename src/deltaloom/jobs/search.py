@@ -190,6 +190,7 @@ def _tell_plan(run: SearchRun, study: Study, objectives: Sequence[Objective], sa
     wanted = ", ".join(f"{objective.name} ({'highest' if objective.higher else 'lowest'})" for objective in objectives)
     say(f"Search: {run.settings.trials} trials" + (f" ({done} done)" if done else "") + f" for {wanted}; "
         f"{len(run.space.dimensions)} open values" + (f", {size:,} combinations" if size is not None else "")
+        + (f"; {run.settings.cohort} trials at once" if run.settings.cohort > 1 else "")
         + f"; sampler {run.settings.sampler}, pruner {run.settings.pruner}")
 
 

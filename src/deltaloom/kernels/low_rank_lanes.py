@@ -153,7 +153,8 @@ def _give(found: list[Tensor | None], kinds: Sequence[tuple[torch.dtype, torch.S
         stacked = stacked.to(kinds[places[0]][0])  # in one copy
     for place, grad in zip(places, stacked.unbind(), strict=True):
         dtype, shape = kinds[place]
-        found[place] = (grad if grad.shape == shape else grad[tuple(slice(size) for size in shape)]).to(dtype)
+        own = grad if grad.shape == shape else grad[tuple(slice(size) for size in shape)]
+        found[place] = own if own.dtype == dtype else own.to(dtype)
 
 
 def _scaled(low: Tensor, scale: Tensor) -> Tensor:

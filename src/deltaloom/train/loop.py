@@ -8,6 +8,7 @@
 
 It knows no method, no model and no data format. What it needs to go on is in its `Progress` and in the states that a
 checkpoint holds, so a run that was stopped anywhere and resumed gives bit for bit the tensors of an uninterrupted one.
+`cohort` takes these steps for several runs at once.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
 
 @dataclass
 class Start:
-    """A run before it begins: the arguments of `train`."""
+    """A run before it begins: the arguments of `train`, for whoever takes its steps."""
 
     tuned: Tuned
     task: Learner

@@ -1,14 +1,14 @@
 """The wrapper around a layer that carries deltas: the frozen layer, the deltas in order, and a forward to read.
 
-A `Routing` that all wrappers of a tuned model share says which named deltas (lanes) act, for the whole batch or row by row.
+Which named deltas (lanes) act says a `Routing`. Where lanes are given row by row and the rows of each lie together, the frozen
+layer runs once for all lanes that leave its input and its tensors as they are.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaloom.architectures import NOT_BY_ROW
 from deltaloom.compact.face import own_tensors, own_types
-from deltaloom.deltas._layout import BatchLayout, Note
 from deltaloom.deltas.base import Delta, LowRankDelta
 from deltaloom.errors import RefusedError
 from deltaloom.kernels.dropout import of_lanes
@@ -27,82 +26,7 @@ from deltaloom.kernels.low_rank import Affine, low_rank_linear
 from deltaloom.kernels.low_rank_lanes import Branch, low_rank_lanes
 from deltaloom.sites import Site
 from deltaloom.tuned.replaced import adds, call_replaced, with_increments
-
-Group = tuple[str | None, Tensor | None]  # a lane and the rows that it acts on; None: no lane, all rows
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Rows start..stop of a batch, one after another, all of them a lane's."""
-
-    lane: str | None
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> Tensor:
-        """Their indices."""
-        return torch.arange(self.start, self.stop)
-
-
-class Routing:
-    """Which lane acts on which row; the same object serves every wrapper and is seen again when checkpointing recomputes."""
-
-    def __init__(self) -> None:
-        self.lanes: str | tuple[str | None, ...] | None = None
-        self.layout = BatchLayout()
-        self._stretches: tuple[object, list[Stretch] | None] = (None, None)  # what they are of, and they
-
-    def stretches(self) -> list[Stretch] | None:
-        """The rows of each lane where lanes are given row by row and each one's rows lie together; else None."""
-        if self._stretches[0] is not self.lanes:
-            self._stretches = self.lanes, _stretches(self.lanes)
-        return self._stretches[1]
-
-    def groups(self, batch: int) -> list[Group]:
-        """The lanes of a batch of that many rows, each with its rows.
-
-        Raises:
-            RefusedError: a lane per row was asked for and the batch has another number of rows.
-        """
-        if not isinstance(self.lanes, tuple):
-            return [(self.lanes, None)]
-        found = self.rows(self.lanes, batch)
-        return [(found[0][0], None)] if len(found) == 1 else list(found)
-
-    @staticmethod
-    def rows(lanes: tuple[str | None, ...], batch: int) -> list[tuple[str | None, Tensor]]:
-        """Each different lane of a batch with the indices of its rows; raises RefusedError if the numbers do not fit."""
-        if len(lanes) != batch:
-            raise RefusedError("the lanes given row by row do not fit the batch", got=batch, legal=f"{len(lanes)} rows")
-        return [(name, torch.tensor([i for i, lane in enumerate(lanes) if lane == name])) for name in dict.fromkeys(lanes)]
-
-    @contextmanager
-    def set(self, lanes: str | tuple[str | None, ...] | None) -> Iterator[None]:
-        """These lanes within a `with` block."""
-        before, self.lanes = self.lanes, lanes
-        try:
-            yield
-        finally:
-            self.lanes = before
-
-    def kept(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts for an activation checkpoint: its forward, and its running again with the lanes and the layout of now."""
-        return nullcontext(), self._again(self.lanes, self.layout.note())
-
-    @contextmanager
-    def _again(self, lanes: str | tuple[str | None, ...] | None, note: Note) -> Iterator[None]:
-        with self.set(lanes), self.layout.set(note):
-            yield
-
-
-def _stretches(lanes: str | tuple[str | None, ...] | None) -> list[Stretch] | None:
-    if not isinstance(lanes, tuple):
-        return None
-    starts = [row for row, lane in enumerate(lanes) if row == 0 or lane != lanes[row - 1]]
-    if len({lanes[start] for start in starts}) < len(starts):
-        return None
-    return [Stretch(lanes[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(lanes)], strict=True)]
+from deltaloom.tuned.routing import Routing, Stretch
 
 
 class Tap:
@@ -433,8 +357,3 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path) if parent_path else model
     setattr(parent.base if isinstance(parent, Adapted) else parent, name, module)
-
-
-def lanes_of(names: Sequence[str | None] | str | None) -> str | tuple[str | None, ...] | None:
-    """What `Routing.lanes` holds for a name, a list of a name per row, or None."""
-    return names if names is None or isinstance(names, str) else tuple(names)
