@@ -41,13 +41,10 @@ from deltaloom.jobs.runfile import parse_run
 from deltaloom.models import bundled_path
 from deltaloom.sites import Site, all_sites
 from deltaloom.train.feed import ExampleFeed
-from deltaloom.train.loop import LOSS, _assembled, _warm_up  # the loop's own: what is timed is what trains
+from deltaloom.train.loop import LOSS, Start  # the loop's own: what is timed is what trains
 from deltaloom.train.memory import PeakMemory
 from deltaloom.train.modes import faster_dropout, training_mode
-from deltaloom.train.progress import Progress
-from deltaloom.train.run import Run
 from deltaloom.train.settings import TrainSettings
-from deltaloom.train.team import SINGLE
 from deltaloom.tuned import Tuned
 
 TEMPLATE = "Data: {prompt}\nText:"
@@ -138,11 +135,9 @@ def our_entry(tuned: Tuned, prepared: Prepared, feed: FixedSteps, name: str, ran
     lane = f"{name}-{rank}".replace(" ", "-")
     tuned.add(lane, [method_from(record_of(name, rank))], tokenizer=prepared.loaded.tokenizer)
     settings = TrainSettings(max_steps=total, batch_size=prepared.parts.train.batch_size)
-    run: Run = _assembled(tuned, prepared.task, feed, settings, Emitter(), Progress(total), PeakMemory(tuned.device),
-                          floor_rate=None, evaluate=None, goal=LOSS, folder=None, log=None, identity={}, strategy=None,
-                          team=SINGLE)
+    start = Start(tuned, prepared.task, feed, settings, Emitter(), 0, None, LOSS, None, None, None, {})
     with training_mode(tuned, True):
-        _warm_up(run)  # initial values from gradients: before the first step, so in no time of a step
+        run = start.run(PeakMemory(tuned.device))  # with initial values from gradients, which are in no time of a step
 
     def step() -> None:
         with tuned.use(lane):

@@ -32,13 +32,11 @@ from deltaloom.jobs.doctor import environment
 from deltaloom.jobs.prepare import Prepared, parse_parts, prepare
 from deltaloom.jobs.runfile import parse_run
 from deltaloom.jobs.tune import tune
-from deltaloom.train.loop import LOSS, _assembled  # the loop's own: what is timed is what trains
+from deltaloom.train.loop import LOSS, Start  # the loop's own: what is timed is what trains
 from deltaloom.train.memory import PeakMemory
 from deltaloom.train.modes import faster_dropout, training_mode
-from deltaloom.train.progress import Progress
 from deltaloom.train.run import Run
 from deltaloom.train.settings import TrainSettings
-from deltaloom.train.team import SINGLE
 from deltaloom.tuned import attach
 
 MODEL = "bundled:smollm2-135m-instruct"
@@ -98,9 +96,8 @@ def prepared_run(given: argparse.Namespace, form: str) -> Prepared:
 def stepper(prepared: Prepared, feed: FixedSteps, total: int) -> Run:
     tuned = attach(prepared.loaded.model, [LoRA(rank=8, alpha=16)])
     settings = TrainSettings(max_steps=total, batch_size=prepared.parts.train.batch_size)
-    return _assembled(tuned, prepared.task, feed, settings, Emitter(), Progress(total), PeakMemory(tuned.device),
-                      floor_rate=None, evaluate=None, goal=LOSS, folder=None, log=None, identity={}, strategy=None,
-                      team=SINGLE)
+    start = Start(tuned, prepared.task, feed, settings, Emitter(), 0, None, LOSS, None, None, None, {})
+    return start.run(PeakMemory(tuned.device))
 
 
 def measure_steps(given: argparse.Namespace) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from deltaloom.errors import RefusedError
+from deltaloom.kernels.dropout import Front, streams
 from deltaloom.kernels.dropout import dropout as seeded_dropout
 
 NAME = "deltaloom"
@@ -272,7 +273,8 @@ class _Call:
             mask = _mask_with_prefix(mask, rows, query, length)
             position_bias = None if position_bias is None else F.pad(position_bias, (rows.keys.shape[-3], 0))
         if explicit:
-            return self._matmuls(query, key, value, [bias for bias in (mask, position_bias) if bias is not None])
+            front = None if rows is None else Front(rows.keys.shape[-3], rows.visible)
+            return self._matmuls(query, key, value, [bias for bias in (mask, position_bias) if bias is not None], front)
         causal = self.causal and rows is None  # with a prefix, the mask carries it
         return sdpa_attention_forward(self.module, query, key, value, mask, dropout=self.dropout, scaling=self.scale,
                                       is_causal=causal, position_bias=position_bias)[0]
@@ -280,11 +282,13 @@ class _Call:
     def _explicit(self, query: Tensor, key: Tensor, rows: PrefixRows | None) -> bool:
         if self.softcap is not None or self.sinks is not None:  # SDPA has neither
             return True
+        if self.dropout > 0 and (query.device.type == "cpu" or streams()):
+            return True  # on a CPU, SDPA with dropout is plain matmuls too, and draws every weight's mask one by one
         half = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
         short = query.shape[2] == 1 or key.shape[2] <= EXPLICIT_KEYS
         return half and short and query.shape[0] == key.shape[0]
 
-    def _matmuls(self, query: Tensor, key: Tensor, value: Tensor, biases: Sequence[Tensor]) -> Tensor:
+    def _matmuls(self, query: Tensor, key: Tensor, value: Tensor, biases: Sequence[Tensor], front: Front | None) -> Tensor:
         """Softmax attention written out; grouped queries share their keys without copies of them.
 
         Scores and weights are in the dtype of the queries, the softmax computes in fp32 inside, as eager attention does.
@@ -302,7 +306,7 @@ class _Call:
             scores = torch.cat([scores, sinks], dim=-1)
         weights = torch.softmax(scores, dim=-1)[..., :key.shape[2]]
         if self.dropout:
-            weights = seeded_dropout(weights, self.dropout)
+            weights = seeded_dropout(weights, self.dropout, front=front)
         out = torch.matmul(weights.reshape(batch, shape[1], shape[2] * time, key.shape[2]), value)
         return out.view(batch, heads, time, value.shape[-1]).transpose(1, 2).contiguous()
 

@@ -60,6 +60,31 @@ def test_a_killed_search_goes_on_and_ends_as_an_uninterrupted_one(models, tmp_pa
 
 
 @pytest.mark.timeout(600)
+def test_a_killed_search_of_cohorts_goes_on_and_repeats_nothing_finished(models, tmp_path):
+    path = write_run(tmp_path, values_of(models, tmp_path, keep="all", cohort=3, sampler="random", trials=7))
+    worker = start(path)
+    wait_for(tmp_path / "run", 5)  # the second cohort has begun
+    worker.send_signal(signal.SIGKILL)
+    worker.communicate()
+    resumed = start(path, "--resume")
+    out, err = resumed.communicate()
+    assert resumed.returncode == 0, err
+    whole = start(path, "-s", f"output={tmp_path / 'whole'}", "-s", "search.cohort=1")
+    expected = json.loads(whole.communicate()[0])["trials"]
+    found = json.loads(out)["trials"]
+    lost = [trial for trial in found if trial["state"] == "lost"]
+    kept = [trial for trial in found if trial["state"] != "lost"]
+    assert 1 <= len(lost) <= 3 and len(kept) == 7 and {trial["state"] for trial in kept} == {"complete"}
+    assert {trial["number"] for trial in lost} == {trial["again"] for trial in kept if trial["again"] is not None}
+
+    def results(trials):
+        return sorted((json.dumps(trial["settings"]), trial["values"]["loss"]) for trial in trials)
+
+    for (settings, loss), (other, value) in zip(results(kept), results(expected), strict=True):
+        assert settings == other and loss == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.timeout(600)
 def test_two_workers_of_one_command_share_the_work(models, tmp_path):
     path = write_run(tmp_path, values_of(models, tmp_path, workers=2, trials=6))
     process = start(path)

@@ -214,7 +214,7 @@ def test_a_database_and_a_study_of_somebody_else(tmp_path):
     ({"workers": 3, "trials": 2}, "contradictory budgets"), ({"sampler": "tpee"}, "'tpe'"), ({"pruner": "medial"}, "'median'"),
     ({"time": "soon"}, "duration"), ({"objectives": ["loss", "loss"]}, "twice"), ({"trials": 0}, "trials"),
     ({"constraints": {"loss": "small"}}, "<= NUMBER"), ({"constraints": {"loss": "<= 3%"}}, "share"),
-    ({"constraints": {"parameters": "<= 0"}}, "nothing meets"), ({"cohort": 3}, "unknown key")])
+    ({"constraints": {"parameters": "<= 0"}}, "nothing meets"), ({"cohort": 0}, "cohort"), ({"cohorts": 3}, "unknown key")])
 def test_wrong_search_settings(given, said):
     with pytest.raises(SettingsError, match=said):
         SearchSettings.parse(given, "search")

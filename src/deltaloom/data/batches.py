@@ -57,6 +57,36 @@ class Batch:
         return replace(self, inputs=inputs, labels=labels, lengths=self.lengths.to(device, non_blocking=True), places=places)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What some rows of a padded batch would be as a batch of their own: their numbers, tokens, size with padding.
+
+    `widths`: of a time axis, from the padded batch's width to theirs.
+    """
+
+    rows: list[int]
+    tokens: int
+    padded_tokens: int
+    widths: dict[int, int]
+
+
+def sizes_of(batch: Batch, start: int, stop: int) -> Sizes | None:
+    """The sizes of the rows start..stop; None where two axes that are equally wide in the batch would not be so alone."""
+    examples = batch.examples[start:stop]
+    tokens = sum(example.length for example in examples)
+    rows = [example.row for example in examples]
+    ids, answers = batch.inputs.get("input_ids"), batch.inputs.get("decoder_input_ids")
+    if ids is None:  # images: no padding
+        return Sizes(rows, tokens, tokens, {})
+    axes = [(ids.shape[1], max(len(example.input_ids) for example in examples))]
+    if answers is not None:
+        axes.append((answers.shape[1], max(len(example.answer_ids) for example in examples)))
+    widths = dict(axes)
+    if any(widths[whole] != own for whole, own in axes):
+        return None
+    return Sizes(rows, tokens, len(rows) * sum(own for _, own in axes), widths)
+
+
 def plan_steps(lengths: Sequence[int], *, batch_size: int | None = None, batch_tokens: int | None = None, seed: int = 0,
                epoch: int = 0, micro_tokens: int = 2048) -> list[list[list[int]]]:
     """One epoch: for each optimizer step its micro-batches, as indices of examples; every example occurs once.

@@ -24,6 +24,7 @@ from deltaloom.deltas._layout import BatchLayout
 from deltaloom.deltas.presets import KEY, expanded, preset_names
 from deltaloom.errors import RefusedError, SettingsError, did_you_mean
 from deltaloom.events import Emitter
+from deltaloom.kernels.dropout import dropout
 from deltaloom.registry import class_named, names_in
 from deltaloom.settings import Settings
 from deltaloom.sites import Kind, Site, find_sites, stack_matrices
@@ -98,7 +99,7 @@ class LowRankDelta(Delta, ABC):
         down, scale, up = (factor.to(y.dtype) for factor in self.factors())
         if not x.is_floating_point():
             return y + (nn.functional.embedding(x, down.T) * scale) @ up.T
-        x = nn.functional.dropout(x, self.dropout, self.training)
+        x = dropout(x, self.dropout, self.training)
         return y + ((x @ down.T) * scale) @ up.T
 
     def matrix(self) -> Tensor:

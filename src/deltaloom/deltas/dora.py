@@ -15,13 +15,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from deltaloom.compact.face import affine_weight, is_conv1d
 from deltaloom.deltas._peft import by_suffix, peft_targets, whole_sites
 from deltaloom.deltas._ranked import PEFT_TYPE, RankedMethod, check_peft_ranks, read_peft_settings, write_peft_config
 from deltaloom.deltas.base import AttachContext, Attachment, Delta, PeftPart, PeftReading
 from deltaloom.errors import CheckpointError, RefusedError
+from deltaloom.kernels.dropout import dropout
 from deltaloom.sites import Site
 
 SMALLEST = 1e-12  # of a norm, so that a row of zeros divides by something
@@ -68,7 +68,7 @@ class DoraDelta(Delta):
         more = (self.magnitude / self.norms() - 1.0)  # exactly 0 at birth: magnitude and norm come from one formula
         bias = self._bias()
         linear = y if bias is None else y - bias.to(y.dtype)
-        x = functional.dropout(x, self.dropout, self.training)
+        x = dropout(x, self.dropout, self.training)
         low = ((x @ self.down.to(y.dtype).T) * self.scale) @ self.up.to(y.dtype).T
         return y + (linear * more.to(y.dtype) + low * (more + 1.0).to(y.dtype))
 

@@ -25,6 +25,7 @@ from deltaloom.deltas._peft import by_suffix, peft_targets, whole_sites
 from deltaloom.deltas._ranked import PEFT_TYPE, RankedMethod, alpha_of, check_peft_ranks, read_peft_settings, write_peft_config
 from deltaloom.deltas.base import AttachContext, Attachment, Components, Delta, LowRankDelta, PeftPart, PeftReading
 from deltaloom.errors import CheckpointError, RefusedError
+from deltaloom.kernels.dropout import dropout
 from deltaloom.sites import Kind, Site
 
 A_NAMES = (".lora_A.weight", ".lora_embedding_A")
@@ -75,7 +76,7 @@ class PissaDelta(LowRankDelta):
         if not x.is_floating_point():
             low, start = (functional.embedding(x, down.to(y.dtype).T) for down in (self.down, self.down_start))
         else:
-            x = functional.dropout(x, self.dropout, self.training)
+            x = dropout(x, self.dropout, self.training)
             low, start = (x @ down.to(y.dtype).T for down in (self.down, self.down_start))
         return y + ((low * scale) @ self.up.to(y.dtype).T - (start * scale) @ self.up_start.to(y.dtype).T)
 

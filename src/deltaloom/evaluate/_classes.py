@@ -29,14 +29,20 @@ def class_targets(settings: DataSettings, train: Sequence[Row], evaluation: Sequ
     return Targets(labels, balanced_weights(train, labels) if settings.class_weights == "balanced" and train else None)
 
 
-def class_loss(logits: Tensor, labels: Tensor | None, weights: tuple[float, ...] | None) -> tuple[Tensor, float | Tensor]:
-    """(sum of weighted cross-entropies, sum of the weights) of logits (n, classes) and labels (n,)."""
+def class_losses(logits: Tensor, labels: Tensor | None, weights: tuple[float, ...] | None) -> tuple[Tensor, Tensor]:
+    """(weighted cross-entropies (n,), their weights (n,)) of logits (n, classes) and labels (n,)."""
     if labels is None:
         raise RefusedError("these rows have no label to learn from")
     if weights is None:
-        return F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels)
+        return F.cross_entropy(logits.float(), labels, reduction="none"), torch.ones(len(labels), device=logits.device)
     weight = torch.tensor(weights, device=logits.device)
-    return F.cross_entropy(logits.float(), labels, weight=weight, reduction="sum"), weight[labels].sum()
+    return F.cross_entropy(logits.float(), labels, weight=weight, reduction="none"), weight[labels]
+
+
+def class_loss(logits: Tensor, labels: Tensor | None, weights: tuple[float, ...] | None) -> tuple[Tensor, Tensor]:
+    """(sum of weighted cross-entropies, sum of the weights)."""
+    losses, own = class_losses(logits, labels, weights)
+    return losses.sum(), own.sum()
 
 
 def class_predictions(logits: Tensor, labels: LabelMap, truth: Tensor | None) -> list[dict[str, Any]]:

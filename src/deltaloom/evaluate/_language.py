@@ -13,12 +13,17 @@ from torch import Tensor
 EXP_LIMIT = 700.0  # exp of more is no float
 
 
-def row_losses(losses: Tensor, places: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+def predicted_losses(losses: Tensor, places: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     """The summed loss and the number of learned tokens of each row; `places` are flat positions in labels (batch, time)."""
     rows = places // labels.shape[1]
     sums = torch.zeros(len(labels), dtype=torch.float64, device=losses.device).index_add_(0, rows, losses.double())
     counts = torch.bincount(rows, minlength=len(labels))
     return [{"loss": total, "tokens": count} for total, count in zip(sums.tolist(), counts.tolist(), strict=True)]
+
+
+def by_rows(values: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+    """The sum of each row's values, (batch,); `places` (n,) are their flat positions in labels (batch, time)."""
+    return values.new_zeros(len(labels)).index_add_(0, places // labels.shape[1], values)
 
 
 def language_measures(predictions: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

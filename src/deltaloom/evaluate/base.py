@@ -84,11 +84,19 @@ class Task(ABC):
                            hint="Set train.packing to false: batches of rows of similar length have little padding too.")
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float | Tensor]:
-        """(sum of the losses in nats or squared units, what to divide it by: tokens, rows, or the sum of their weights).
+    def row_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(the sum of each row's losses in nats or squared units, what it counts: its tokens, one, or the sum of its weights).
+
+        Both (rows,); packed rows are one. A loss depends on its own row alone.
+        """
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sum of the losses, what to divide it by), over all rows.
 
         The loop divides by the total of an optimizer step, so that micro-batches change nothing.
         """
+        losses, counts = self.row_losses(model, batch)
+        return losses.sum(), counts.sum()
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:

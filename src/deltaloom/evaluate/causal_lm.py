@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ from deltaloom.data.batches import Batch, collate, learned_places, pack
 from deltaloom.data.encode import Example, encode_causal, encode_prompts
 from deltaloom.data.rows import Row
 from deltaloom.errors import RefusedError
-from deltaloom.evaluate._language import language_figures, language_measures, language_shown, row_losses
+from deltaloom.evaluate._language import by_rows, language_figures, language_measures, language_shown, predicted_losses
 from deltaloom.evaluate.base import Arrays, Prediction, Task
 from deltaloom.kernels.cross_entropy import token_losses
 from deltaloom.tuned import Tuned
@@ -48,14 +49,14 @@ class CausalLM(Task):
         """One row without padding."""
         return pack(examples)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float | Tensor]:
+    def row_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum over the learned tokens, their number)."""
-        losses, places, _ = causal_losses(model, batch)
-        return losses.sum(), len(places)
+        losses, places, labels = causal_losses(model, batch)
+        return by_rows(losses, places, labels), by_rows(torch.ones_like(losses), places, labels)
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """Summed loss and learned tokens of each row."""
-        return row_losses(*causal_losses(model, batch))
+        return predicted_losses(*causal_losses(model, batch))
 
     def measures(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> Arrays:
         """Losses and tokens."""
@@ -102,7 +103,12 @@ def _losses_at(model: nn.Module, batch: Batch, places: Tensor, wanted: Tensor) -
         # an exact type and not isinstance: a wrapper or a subclass may compute something else
         if type(head) is nn.Linear:
             return token_losses(chosen, head.weight, head.bias, wanted)
-        scores = head(chosen)
+        lanes = model.routing.lanes if isinstance(model, Tuned) else None
+        if isinstance(model, Tuned) and isinstance(lanes, tuple):  # the head's rows are the places
+            with model.use([lanes[row] for row in (places // hidden.shape[1]).tolist()]):
+                scores = head(chosen)
+        else:
+            scores = head(chosen)
     else:
         scores = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)[places]
     return F.cross_entropy(scores.float(), wanted, reduction="none")

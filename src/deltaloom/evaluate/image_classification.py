@@ -17,7 +17,7 @@ from deltaloom.data.rows import Row
 from deltaloom.data.settings import DataSettings
 from deltaloom.evaluate._classes import (
     class_figures,
-    class_loss,
+    class_losses,
     class_measures,
     class_predictions,
     class_tables,
@@ -56,9 +56,9 @@ class ImageClassification(Task):
         lengths = torch.tensor([example.length for example in examples])
         return Batch({"pixel_values": pixels}, labels, tuple(examples), lengths, int(lengths.sum()))
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float | Tensor]:
-        """(sum over rows, each times the weight of its class; sum of these weights)."""
-        return class_loss(self._logits(model, batch), batch.labels, self.targets.weights)
+    def row_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(each row's loss times the weight of its class; these weights)."""
+        return class_losses(self._logits(model, batch), batch.labels, self.targets.weights)
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """Label and probabilities."""

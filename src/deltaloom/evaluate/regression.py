@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from deltaloom.data.batches import Batch, collate
@@ -34,12 +35,12 @@ class Regression(Task):
         """Padded ids with masks."""
         return collate(examples, self.pad_id, "number")
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float | Tensor]:
-        """(sum of squared errors, rows)."""
+    def row_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(squared errors, ones)."""
         if batch.labels is None:
             raise RefusedError("these rows have no number to learn from")
         errors = _values(model, batch) - batch.labels
-        return (errors * errors).sum(), len(errors)
+        return errors * errors, torch.ones_like(errors)
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """The number."""

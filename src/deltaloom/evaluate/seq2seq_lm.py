@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ from deltaloom.data.batches import Batch, collate
 from deltaloom.data.encode import IGNORED, Example, encode_seq2seq
 from deltaloom.data.rows import Row
 from deltaloom.errors import RefusedError
-from deltaloom.evaluate._language import language_figures, language_measures, language_shown, row_losses
+from deltaloom.evaluate._language import by_rows, language_figures, language_measures, language_shown, predicted_losses
 from deltaloom.evaluate.base import Arrays, Prediction, Task
 
 
@@ -39,14 +40,14 @@ class Seq2SeqLM(Task):
         """Both sides padded on the right; the decoder reads its labels moved by one."""
         return collate(examples, self.pad_id, "seq2seq", self.config.decoder_start_token_id)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float | Tensor]:
+    def row_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum over the completion's tokens, their number)."""
-        losses, places, _ = _losses(model, batch)
-        return losses.sum(), len(places)
+        losses, places, labels = _losses(model, batch)
+        return by_rows(losses, places, labels), by_rows(torch.ones_like(losses), places, labels)
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """Summed loss and tokens of each row's completion."""
-        return row_losses(*_losses(model, batch))
+        return predicted_losses(*_losses(model, batch))
 
     def measures(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> Arrays:
         """Losses and tokens."""

@@ -15,7 +15,7 @@ from deltaloom.data.rows import Row
 from deltaloom.data.settings import DataSettings
 from deltaloom.evaluate._classes import (
     class_figures,
-    class_loss,
+    class_losses,
     class_measures,
     class_predictions,
     class_tables,
@@ -46,9 +46,9 @@ class SequenceClassification(Task):
         """Padded ids with masks."""
         return collate(examples, self.pad_id, "class")
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float | Tensor]:
-        """(sum over rows, each times the weight of its class; sum of these weights)."""
-        return class_loss(model(**batch.inputs).logits, batch.labels, self.targets.weights)
+    def row_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(each row's loss times the weight of its class; these weights)."""
+        return class_losses(model(**batch.inputs).logits, batch.labels, self.targets.weights)
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """Label and probabilities."""

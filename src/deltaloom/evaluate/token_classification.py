@@ -14,7 +14,8 @@ from deltaloom.data.encode import IGNORED, Example, encode_words
 from deltaloom.data.labels import LabelMap
 from deltaloom.data.rows import Row, TokensRow
 from deltaloom.data.settings import DataSettings
-from deltaloom.evaluate._classes import class_loss, class_targets
+from deltaloom.evaluate._classes import class_losses, class_targets
+from deltaloom.evaluate._language import by_rows
 from deltaloom.evaluate.base import Arrays, Prediction, Targets, Task
 from deltaloom.evaluate.metrics import entities, f1_of, is_bio, ratio
 
@@ -41,13 +42,14 @@ class TokenClassification(Task):
         """Padded ids with masks."""
         return collate(examples, self.pad_id, "tags")
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float | Tensor]:
-        """(sum over words, each times the weight of its tag; sum of these weights)."""
+    def row_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(each row's sum over words, each times the weight of its tag; the sums of these weights)."""
+        logits = model(**batch.inputs).logits
         if batch.labels is None:
-            return class_loss(model(**batch.inputs).logits, None, None)
+            return class_losses(logits, None, None)
         places = (batch.labels.flatten() != IGNORED).nonzero().squeeze(1)
-        logits = model(**batch.inputs).logits.flatten(0, 1)[places]
-        return class_loss(logits, batch.labels.flatten()[places], self.targets.weights)
+        losses, weights = class_losses(logits.flatten(0, 1)[places], batch.labels.flatten()[places], self.targets.weights)
+        return by_rows(losses, places, batch.labels), by_rows(weights, places, batch.labels)
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """A tag for each word, None for words that were cut; with the summed loss and number of words where tags are known."""

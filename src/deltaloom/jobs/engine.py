@@ -22,7 +22,7 @@ from deltaloom.jobs.scoring import SAMPLE_TOKENS, Scores, answers, score, shown_
 from deltaloom.train.checkpoints import Checkpoint, latest_checkpoint
 from deltaloom.train.feed import ExampleFeed
 from deltaloom.train.forecast import Trial, check_memory
-from deltaloom.train.loop import train
+from deltaloom.train.loop import Start
 from deltaloom.train.progress import Goal
 from deltaloom.train.resume import check_same
 from deltaloom.train.run import TrainResult
@@ -153,11 +153,15 @@ class Here(Engine):
 
     def train(self, loop: Loop) -> TrainResult:
         """One run of the loop."""
+        return self.start(loop).alone()
+
+    def start(self, loop: Loop) -> Start:
+        """The run before it begins, for whoever trains it."""
         prepared = self.prepared
-        return train(self.tuned, prepared.task, feed_of(prepared), settings=prepared.parts.train, emit=loop.emit,
-                     seed=prepared.run.file.seed, evaluate=(lambda tuned: self.scores().metrics) if prepared.held else None,
-                     goal=Goal(*goal_of(prepared)), strategy=self._strategy(), folder=loop.folder / "checkpoints", log=loop.log,
-                     resume=self.checkpoint, identity=loop.identity, floor_rate=loop.floor_rate, team=self.team)
+        return Start(self.tuned, prepared.task, feed_of(prepared), prepared.parts.train, loop.emit, prepared.run.file.seed,
+                     (lambda tuned: self.scores().metrics) if prepared.held else None, Goal(*goal_of(prepared)),
+                     loop.folder / "checkpoints", loop.log, self.checkpoint, loop.identity, floor_rate=loop.floor_rate,
+                     strategy=self._strategy(), team=self.team)
 
 
 def resumable(folder: Path, prepared: Prepared, identity: dict[str, str], emit: Emitter) -> Checkpoint | None:

@@ -16,6 +16,7 @@ import yaml
 from deltaloom.errors import DeltaloomError, RefusedError, SettingsError
 from deltaloom.events import finite
 from deltaloom.files import write_atomic
+from deltaloom.jobs.cohort import carry_out_together
 from deltaloom.jobs.doctor import environment
 from deltaloom.jobs.engine import LOWER_IS_BETTER, goal_of
 from deltaloom.jobs.folder import check_folder, clear_folder, write_json
@@ -29,7 +30,7 @@ from deltaloom.search.outcome import Objective, Record, best_of, pareto_front
 from deltaloom.search.proposers import need_optuna
 from deltaloom.search.settings import Bound
 from deltaloom.search.storage import without_secret
-from deltaloom.search.study import Study, check_study, open_study
+from deltaloom.search.study import Asked, Study, check_study, open_study
 from deltaloom.search.workers import Slot, busy
 
 OWN = ("search.json", "best.yaml", "report.html", "journal.log", "journal.log.lock", "trials", "workers", "best")
@@ -86,12 +87,19 @@ def work(run: SearchRun, study: Study, bench: Bench, say: Say) -> None:
     """Do trials until the budget is spent."""
     for number in study.take_back():
         say(f"trial {number} was cut off; its settings are tried again")
-    while (asked := study.next()) is not None:
-        carry_out_trial(run, study.objectives, bench, asked)
+
+    def done(asked: Asked) -> None:
         records = study.records()
         say(trial_line(records, asked.number, study.objectives, run.settings.trials))
         if run.settings.keep == "best":
             shed(run.folder, records, study.objectives)
+
+    if run.settings.cohort > 1:
+        carry_out_together(run, study, bench, done)
+        return
+    while (asked := study.next()) is not None:
+        carry_out_trial(run, study.objectives, bench, asked)
+        done(asked)
 
 
 def _looked_over(run: SearchRun, bench: Bench, say: Say) -> tuple[Objective, ...]:
@@ -182,6 +190,7 @@ def _tell_plan(run: SearchRun, study: Study, objectives: Sequence[Objective], sa
     wanted = ", ".join(f"{objective.name} ({'highest' if objective.higher else 'lowest'})" for objective in objectives)
     say(f"Search: {run.settings.trials} trials" + (f" ({done} done)" if done else "") + f" for {wanted}; "
         f"{len(run.space.dimensions)} open values" + (f", {size:,} combinations" if size is not None else "")
+        + (f"; {run.settings.cohort} trials at once" if run.settings.cohort > 1 else "")
         + f"; sampler {run.settings.sampler}, pruner {run.settings.pruner}")
 
 

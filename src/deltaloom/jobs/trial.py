@@ -6,21 +6,22 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from deltaloom.checkpoint.record import DeltaRecord, read_record
 from deltaloom.deltas.base import StepPlan
 from deltaloom.errors import DeltaloomError, Interrupted, NonFiniteError, RefusedError, UsageError
 from deltaloom.events import Evaluated, Event, Started
-from deltaloom.jobs.engine import Before, Engine, Here, measured, written
+from deltaloom.jobs.engine import Before, Here, measured, written
 from deltaloom.jobs.estimate import flops_per_token
 from deltaloom.jobs.opening import needs_delta
 from deltaloom.jobs.prepare import Parts, Prepared, Say, parse_parts, prepare
 from deltaloom.jobs.runfile import Run
 from deltaloom.jobs.searchfile import SearchRun
-from deltaloom.jobs.tune import attached, carry_out, untouched_sites
+from deltaloom.jobs.tune import add_lane, attached, carry_out, untouched_sites
 from deltaloom.search.outcome import Objective, Record, pareto_front
 from deltaloom.search.settings import MEASURES, Bound
 from deltaloom.search.study import Asked
@@ -54,9 +55,7 @@ class Bench:
 
     def prepare(self, run: Run, parts: Parts, *, say: Say, record: DeltaRecord | None = None) -> Prepared:
         """As `prepare.prepare`."""
-        file = run.file
-        key = json.dumps([file.model, file.task, parts.data.as_dict(), parts.base.as_dict(), file.seed, parts.train.precision,
-                          parts.train.packing, str(parts.continued)])
+        key = self._key_of(run, parts)
         if self._prepared is None or key != self._key:
             self.drop()
             self._prepared, self._key = prepare(run, parts, say=self.say, record=record), key
@@ -79,7 +78,7 @@ class Bench:
             self._before = measured(prepared, prepared.loaded.model, written(prepared.task))
         return self._before
 
-    def engine(self, prepared: Prepared) -> Engine:
+    def engine(self, prepared: Prepared) -> Here:
         """The deltas on the model, if the constraints that can be looked at now are met.
 
         Raises:
@@ -87,23 +86,47 @@ class Bench:
         """
         before = self.before(prepared)
         self._tuned = attached(prepared)
-        found = known_measures(prepared, self._tuned)
+        self._check_bounds(prepared, self._tuned)
+        return Here(prepared, self._tuned, self._tuned, before)
+
+    def engine_on(self, lane: str, prepared: Prepared) -> Here:
+        """The same where several trials share the model: the deltas are a lane, which is then in use."""
+        before = self.before(prepared)
+        if self._tuned is None:
+            self._tuned = Tuned(prepared.loaded.model)
+        add_lane(self._tuned, prepared, lane)
+        self._check_bounds(prepared, self._tuned)
+        return Here(prepared, self._tuned, self._tuned, before)
+
+    def _check_bounds(self, prepared: Prepared, tuned: Tuned) -> None:
+        found = known_measures(prepared, tuned)
         excesses = {str(bound): bound.of(prepared.model_parameters).excess(found[bound.name])
                     for bound in self.bounds if bound.name in found}
         broken = [f"{name}, but it has {found[name.split()[0]]:,.0f}" for name, excess in excesses.items() if excess > 0]
         if broken:
             raise Infeasible(f"not trained: {'; '.join(broken)}", found, excesses)
-        return Here(prepared, self._tuned, self._tuned, before)
 
-    def clear(self) -> None:
-        """Take the deltas of the last trial off."""
-        if self._tuned is not None:
+    def clear(self, lane: str | None = None) -> None:
+        """Take the deltas of the last trial off, or those of a lane."""
+        if self._tuned is not None and lane is None:
             self._tuned.detach()
             self._tuned = None
+        elif self._tuned is not None and lane in self._tuned.lanes:
+            self._tuned.remove(lane)
+
+    def takes(self, run: Run) -> bool:
+        """Whether a run needs the rows and the model that are here, or there are none yet."""
+        return self._prepared is None or self._key_of(run, parse_parts(run)) == self._key
 
     def drop(self) -> None:
         """Forget the model: nobody knows in which state a failure left it."""
         self._key = self._prepared = self._before = self._tuned = None
+
+    @staticmethod
+    def _key_of(run: Run, parts: Parts) -> str:
+        file = run.file
+        return json.dumps([file.model, file.task, parts.data.as_dict(), parts.base.as_dict(), file.seed, parts.train.precision,
+                           parts.train.packing, str(parts.continued)])
 
 
 def known_measures(prepared: Prepared, tuned: Tuned) -> dict[str, float]:
@@ -143,29 +166,51 @@ def carry_out_trial(run: SearchRun, objectives: Sequence[Objective], bench: Benc
         Interrupted, KeyboardInterrupt: the search is to stop; the trial stays open and is done again by whoever resumes.
     """
     began = time.perf_counter()
-    try:
+
+    def result() -> dict[str, Any]:
         try:
-            own = run.run(asked.parameters, str(trial_folder(run.folder, asked.number)))
-            result = carry_out(own, bench.engine, overwrite=True, say=silent, sinks=[Watch(asked, objectives[0].name)],
-                               make_ready=bench.prepare, show=False)
-            measures = result["metrics"] | {name: result[key] for name, key in MEASURES.items() if result[key] is not None}
-            values, excesses = judged(measures, objectives, run.settings.bounds, result["total_parameters"])
+            return carry_out(trial_run(run, asked), bench.engine, overwrite=True, say=silent, show=False,
+                             make_ready=bench.prepare, sinks=[Watch(asked, objectives[0].name)])
         finally:
             bench.clear()
+
+    if conclude(run, objectives, asked, result, lambda: time.perf_counter() - began):
+        bench.drop()
+
+
+def conclude(run: SearchRun, objectives: Sequence[Objective], asked: Asked, result: Callable[[], dict[str, Any]],
+             seconds: Callable[[], float]) -> bool:
+    """Close a trial by what its `result` is, or by what that raises; whether nobody knows in which state the model is now.
+
+    Raises:
+        Interrupted, KeyboardInterrupt: the trial stays open.
+    """
+    try:
+        found = result()
+        measures = found["metrics"] | {name: found[key] for name, key in MEASURES.items() if found[key] is not None}
+        values, excesses = judged(measures, objectives, run.settings.bounds, found["total_parameters"])
     except Ended as end:
-        asked.prune(str(end), time.perf_counter() - began)
+        asked.prune(str(end), seconds())
     except Infeasible as end:
-        asked.refuse(str(end), end.measures, end.excesses, time.perf_counter() - began)
+        asked.refuse(str(end), end.measures, end.excesses, seconds())
     except Interrupted:
         raise
-    except Exception as error:
-        # Whatever it is, it is recorded with its reason, and the search goes on; after a fault nobody knows the model's state.
-        if not isinstance(error, UsageError | NonFiniteError):
-            bench.drop()
+    except Exception as error:  # whatever it is, it is recorded with its reason, and the search goes on
         kind = "" if isinstance(error, DeltaloomError) else f"{type(error).__name__}: "
-        asked.fail(f"{kind}{error}".strip() or type(error).__name__, time.perf_counter() - began)
+        asked.fail(f"{kind}{error}".strip() or type(error).__name__, seconds())
+        return not isinstance(error, UsageError | NonFiniteError)
     else:
-        asked.complete(values, measures, excesses, time.perf_counter() - began)
+        asked.complete(values, measures, excesses, seconds())
+    return False
+
+
+def trial_run(run: SearchRun, asked: Asked) -> Run:
+    """The run of a trial.
+
+    Raises:
+        SettingsError: its settings are not legal.
+    """
+    return run.run(asked.parameters, str(trial_folder(run.folder, asked.number)))
 
 
 def judged(measures: dict[str, float], objectives: Sequence[Objective], bounds: Sequence[Bound],

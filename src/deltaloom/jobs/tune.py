@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import yaml
@@ -46,9 +47,10 @@ from deltaloom.train.progress import planned_steps
 from deltaloom.train.run import TrainResult
 from deltaloom.train.sharding import check_shard, shard_base
 from deltaloom.train.team import SINGLE, Team
-from deltaloom.tuned import Tuned, attach, restore, settle
+from deltaloom.tuned import SavedDelta, Tuned, attach, restore, settle
 
-Through = Callable[[Prepared], Engine]
+E = TypeVar("E", bound=Engine)
+Through = Callable[[Prepared], E]
 SETTLED = "deltas.yaml"  # in the run folder: the plain list of methods that a choice has come to
 Prepare = Callable[..., Prepared]
 """As `prepare.prepare`."""
@@ -71,7 +73,7 @@ def tune(run: Run, *, resume: bool = False, overwrite: bool = False, say: Say = 
                          team=team)
 
 
-def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bool = False, say: Say = print,
+def carry_out(run: Run, through: Through[E], *, resume: bool = False, overwrite: bool = False, say: Say = print,
               sinks: Sequence[Sink] = (), make_ready: Prepare | None = None, show: bool = True,
               team: Team = SINGLE) -> dict[str, Any]:
     """A run from its file to its folder, with the engine that `through` makes when rows and model are ready; see `tune`.
@@ -79,6 +81,43 @@ def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bo
     `make_ready` is asked for rows and model instead of `prepare`; without `show` the terminal shows no steps. `team` are the
     processes of the run, each of which calls this.
     """
+    stages = in_stages(run, through, resume=resume, overwrite=overwrite, say=say, sinks=sinks, make_ready=make_ready, show=show,
+                       team=team)
+    training = next(stages)
+    try:
+        outcome: TrainResult | BaseException = training.engine.train(training.loop)
+    except BaseException as error:
+        outcome = error
+    return finished(stages, outcome)
+
+
+@dataclass(frozen=True)
+class Ready(Generic[E]):
+    """A run that is ready for its first step."""
+
+    engine: E
+    loop: Loop
+
+
+Stages = Generator[Ready[E], TrainResult, dict[str, Any]]
+
+
+def finished(stages: Stages[E], outcome: TrainResult | BaseException) -> dict[str, Any]:
+    """What metrics.json holds, when a run in stages is told what its training came to; what ended the training is raised."""
+    try:
+        if isinstance(outcome, BaseException):
+            stages.throw(outcome)
+        else:
+            stages.send(outcome)
+    except StopIteration as end:
+        return dict(end.value)
+    raise RuntimeError("a run trains once")
+
+
+def in_stages(run: Run, through: Through[E], *, resume: bool = False, overwrite: bool = False, say: Say = print,
+              sinks: Sequence[Sink] = (), make_ready: Prepare | None = None, show: bool = True,
+              team: Team = SINGLE) -> Stages[E]:
+    """`carry_out` for a caller who trains by other means than `Engine.train`: up to there, and on from its result."""
     give_back_freed_memory()
     say = say if team.first else _silent
     parts = team.together(lambda: parse_parts(run))
@@ -109,7 +148,7 @@ def carry_out(run: Run, through: Through, *, resume: bool = False, overwrite: bo
             emit = Emitter([log, *_tensorboard(run, folder, stack), *sinks, *progress])
         for event in early:
             emit(event)
-        return _run(engine, folder, emit, say, announced=resumed)
+        return (yield from _run(engine, folder, emit, say, announced=resumed))
 
 
 def _ready(run: Run, parts: Parts, folder: Path, make_ready: Prepare, resume: bool, say: Say) -> Prepared:
@@ -142,7 +181,7 @@ def _silent(text: str = "") -> None:
     """What the processes say that are not the first."""
 
 
-def _run(engine: Engine, folder: Path, emit: Emitter, say: Say, *, announced: bool) -> dict[str, Any]:
+def _run(engine: E, folder: Path, emit: Emitter, say: Say, *, announced: bool) -> Stages[E]:
     prepared, tuned, team = engine.prepared, engine.tuned, engine.team
     team.once(lambda: _write_first(prepared, folder, team))
     total = prepared.model_parameters
@@ -154,7 +193,7 @@ def _run(engine: Engine, folder: Path, emit: Emitter, say: Say, *, announced: bo
     say(f"Delta: {count(deltas)} parameters ({deltas / total:.2%} of the model's {count(total)})"
         + (f", and a head of {count(heads)}" if heads else ""))
     rate = team.size * matmul_rate(DTYPES[prepared.precision], device=team.device) / flops
-    result = engine.train(Loop(emit, folder, _identity(prepared), rate))
+    result = yield Ready(engine, Loop(emit, folder, _identity(prepared), rate))
     _settle(tuned, result.step, folder if team.first else None, emit)
     scores, shown = engine.scores(), engine.shown()
     tell_usage(prepared.task, engine.model, tuned, prepared.held, engine.rows, result.step, emit)
@@ -175,18 +214,42 @@ def attached(prepared: Prepared) -> Tuned:
     Raises:
         CheckpointError: the earlier delta is damaged or of another base. TargetError, RefusedError: a method cannot be attached.
     """
-    loaded, seed = prepared.loaded, prepared.run.file.seed
+    loaded = prepared.loaded
     if prepared.parts.continued is None:
         methods = (*prepared.parts.methods, *prepared.waiting)
-        tuned = attach(loaded.model, methods, heads=head_methods(loaded, methods), tokenizer=loaded.tokenizer, seed=seed)
-        for part in tuned.attached():
-            if any(part.method is method for method in prepared.waiting):
-                for _, module in part.named_deltas():
-                    module.requires_grad_(False)
+        tuned = attach(loaded.model, methods, heads=head_methods(loaded, methods), tokenizer=loaded.tokenizer,
+                       seed=prepared.run.file.seed)
+        _let_wait(tuned, prepared)
         return tuned
-    saved, found = native.read(needs_delta(prepared.parts.continued))
-    native.check_base(loaded.model, found.base, loaded.fingerprint)
-    return restore(loaded.model, saved)
+    return restore(loaded.model, _continued(prepared, prepared.parts.continued))
+
+
+def add_lane(tuned: Tuned, prepared: Prepared, name: str) -> None:
+    """The same as a further lane of a model that is tuned already, which is then in use; raises as `attached`."""
+    loaded = prepared.loaded
+    if prepared.parts.continued is None:
+        methods = (*prepared.parts.methods, *prepared.waiting)
+        with tuned.bare():
+            heads = head_methods(loaded, methods)
+        tuned.add(name, methods, heads=heads, tokenizer=loaded.tokenizer, seed=prepared.run.file.seed)
+        _let_wait(tuned, prepared)
+    else:
+        with tuned.bare():
+            saved = _continued(prepared, prepared.parts.continued)
+        tuned.add_saved(name, saved)
+
+
+def _let_wait(tuned: Tuned, prepared: Prepared) -> None:
+    for part in tuned.attached():
+        if any(part.method is method for method in prepared.waiting):
+            for _, module in part.named_deltas():
+                module.requires_grad_(False)
+
+
+def _continued(prepared: Prepared, source: Path) -> SavedDelta:
+    saved, found = native.read(needs_delta(source))
+    native.check_base(prepared.loaded.model, found.base, prepared.loaded.fingerprint)
+    return saved
 
 
 def _identity(prepared: Prepared) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from deltaloom.kernels.dropout import multiplier, new_seed
+from deltaloom.kernels.dropout import Draw, drawn
 
 
 @runtime_checkable
@@ -37,30 +37,30 @@ def low_rank_linear(affine: Affine, x: Tensor, down: Tensor, scale: Tensor, up: 
     share of x's entries that the low-rank product does not see (0 when not training). `rounded` are down and up in the dtype of
     x, if they are at hand: layers that share factors then share the copies too.
     """
-    seed = new_seed() if dropout > 0 else 0
+    draw = drawn(x, dropout) if dropout > 0 else None
     device = x.device.type
     if torch.is_autocast_enabled(device):  # what autocast does for a plain linear layer; backward runs without autocast
         x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         if rounded is not None and rounded[0].dtype != x.dtype:
             rounded = None
-        return _LowRankLinear.apply(x, down, scale, up, affine, dropout, seed, rounded)
+        return _LowRankLinear.apply(x, down, scale, up, affine, draw, rounded)
 
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, scale: Tensor, up: Tensor, affine: Affine, dropout: float,
-                seed: int, rounded: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, down: Tensor, scale: Tensor, up: Tensor, affine: Affine, draw: Draw | None,
+                rounded: tuple[Tensor, Tensor] | None) -> Tensor:
         y = affine.product(x)
         down_x, up_x = rounded or (down.to(x.dtype), up.to(x.dtype))
-        rows = _dropped(x, dropout, seed).reshape(-1, x.shape[-1])
+        rows = _dropped(x, draw).reshape(-1, x.shape[-1])
         y.view(-1, y.shape[-1]).addmm_(_scaled(rows @ down_x.T, scale), up_x.T)
         # The small factors in the dtype of x: casting them again costs more than keeping them. Not the factors themselves as
         # well: they may be copies, of rows of a larger matrix.
         same = down.dtype == up.dtype == x.dtype
         ctx.save_for_backward(x, scale, *((down, up) if same else ()))
         ctx.cast = None if same else (down_x, up_x)
-        ctx.affine, ctx.dropout, ctx.seed, ctx.dtypes = affine, dropout, seed, (down.dtype, up.dtype)
+        ctx.affine, ctx.draw, ctx.dtypes = affine, draw, (down.dtype, up.dtype)
         return y
 
     @staticmethod
@@ -68,7 +68,7 @@ class _LowRankLinear(torch.autograd.Function):
         x, scale, *own = ctx.saved_tensors
         down_x, up_x = own if ctx.cast is None else ctx.cast
         g = grads[0].reshape(-1, up_x.shape[0])
-        rows = _dropped(x, ctx.dropout, ctx.seed).reshape(-1, x.shape[-1])
+        rows = _dropped(x, ctx.draw).reshape(-1, x.shape[-1])
         back = g @ up_x                                            # (rows, r)
         needs = ctx.needs_input_grad
         # the product with x is made again: cheaper than keeping it
@@ -80,12 +80,12 @@ class _LowRankLinear(torch.autograd.Function):
         grad_x = None
         if needs[0]:
             grad_x = ctx.affine.product_transposed(g)
-            if ctx.dropout > 0:
-                grad_x += _dropped((back @ down_x).view_as(x), ctx.dropout, ctx.seed).reshape(grad_x.shape)
+            if ctx.draw is not None:
+                grad_x += _dropped((back @ down_x).view_as(x), ctx.draw).reshape(grad_x.shape)
             else:
                 grad_x.addmm_(back, down_x)
             grad_x = grad_x.view(x.shape)
-        return grad_x, grad_down, grad_scale, grad_up, None, None, None, None
+        return grad_x, grad_down, grad_scale, grad_up, None, None, None
 
 
 def _scaled(low: Tensor, scale: Tensor) -> Tensor:
@@ -93,6 +93,6 @@ def _scaled(low: Tensor, scale: Tensor) -> Tensor:
     return (low * scale).to(low.dtype)
 
 
-def _dropped(x: Tensor, share: float, seed: int) -> Tensor:
-    """x with a share of its entries zeroed and the rest scaled up, the same for the same seed."""
-    return x if share <= 0 else x * multiplier(x, share, seed)
+def _dropped(x: Tensor, draw: Draw | None) -> Tensor:
+    """x with some of its entries zeroed and the rest scaled up, the same for the same draw."""
+    return x if draw is None else x * draw.multiplier(x)

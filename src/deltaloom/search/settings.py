@@ -16,6 +16,7 @@ from deltaloom.train.settings import seconds
 MEASURES = {"parameters": "final_parameters", "flops_per_token": "flops_per_token", "seconds": "seconds",
             "delta_bytes": "delta_bytes", "peak_memory_bytes": "peak_memory_bytes"}
 BEFORE_TRAINING = ("parameters", "flops_per_token")  # known as soon as the deltas are attached
+SHARED = ("seconds", "peak_memory_bytes")  # what trials that are trained together do not have of their own
 BOUND = re.compile(r"(<=|>=)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%?)")
 
 
@@ -35,6 +36,7 @@ class SearchSettings(Settings):
         default_factory=dict, description='bounds by name, such as {parameters: "<= 0.5%", accuracy: ">= 0.8"}')
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(None, description="of the sampler; default: the run's seed")
     workers: int = Field(1, ge=1, le=64, description="processes on this machine that share its cores")
+    cohort: int = Field(1, ge=1, le=64, description="trials that a worker trains at once over one frozen base")
     storage: str | None = Field(None, description="journal file or database URL; default: journal.log in the output folder")
     name: str | None = Field(None, min_length=1, description="of the study in its storage; default: the output folder's name")
     keep: Literal["best", "all"] = Field("best", description="of which trials deltas and checkpoints are kept")
@@ -63,6 +65,10 @@ class SearchSettings(Settings):
     def _no_contradiction(self) -> SearchSettings:
         if self.workers > self.trials:
             raise ValueError(f"contradictory budgets: {self.workers} workers for {self.trials} trials")
+        shared = [name for name in (*self.objectives, *self.constraints) if name in SHARED]
+        if self.cohort > 1 and shared:
+            raise ValueError(f"trials of a cohort share {' and '.join(SHARED)}, so that {shared[0]} says nothing of one of them: "
+                             "write cohort: 1")
         return self
 
     @property

@@ -8,6 +8,7 @@
 
 It knows no method, no model and no data format. What it needs to go on is in its `Progress` and in the states that a
 checkpoint holds, so a run that was stopped anywhere and resumed gives bit for bit the tensors of an uninterrupted one.
+`cohort` takes these steps for several runs at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,52 +74,111 @@ def train(tuned: Tuned, task: Learner, feed: Feed, *, settings: TrainSettings, e
         ElsewhereError: another process failed, or is gone.
         SettingsError: early stopping or restoring the best without evaluation. RefusedError: `folder` holds another run.
     """
-    emit = emit if emit is not None and team.first else Emitter()
-    resume = _first_ones(resume, team)
-    _check(tuned, settings, evaluate, feed, folder, resume, strategy, team)
-    if strategy is not None:
-        strategy.hold(tuned)
-        goal = strategy.goal
-        emit = Emitter([*emit.sinks, strategy.hear])
-    if resume is not None:
-        check_same(resume, settings, identity or {})
-    if folder is not None:
-        team.once(partial(remove_leftovers, folder, emit))
-    team.check_same("run", json.dumps([settings.as_dict(), dict(identity or {})], sort_keys=True, default=str))
-    with ExitStack() as stack:
-        stop = stack.enter_context(polite_stop())
-        stack.enter_context(training_mode(tuned, True))
-        stack.enter_context(faster_dropout(tuned))
-        stack.enter_context(gradient_checkpointing(tuned, settings.gradient_checkpointing))
-        memory = PeakMemory(tuned.device)
-        seed_everything(seed)
-        progress = (resumed_progress(resume, settings, emit) if resume is not None
-                    else _planned(tuned, task, feed, settings, emit, team))
-        run = _assembled(tuned, task, feed, settings, emit, progress, memory, floor_rate=floor_rate, evaluate=evaluate, goal=goal,
-                         folder=folder, log=log, identity=dict(identity or {}), strategy=strategy, team=team)
-        run.ahead, run.before_step, run.seed = ahead, before_step, seed
-        if resume is not None:
-            _take(run, resume)
+    return Start(tuned, task, feed, settings, emit or Emitter(), seed, evaluate, goal, folder, log, resume, dict(identity or {}),
+                 floor_rate, ahead, before_step, strategy, team).alone()
+
+
+@dataclass
+class Start:
+    """A run before it begins: the arguments of `train`, for whoever takes its steps."""
+
+    tuned: Tuned
+    task: Learner
+    feed: Feed
+    settings: TrainSettings
+    emit: Emitter
+    seed: int
+    evaluate: Evaluate | None
+    goal: Goal
+    folder: Path | None
+    log: Path | None
+    resume: Checkpoint | None
+    identity: dict[str, str]
+    floor_rate: float | None = None
+    ahead: int = 1
+    before_step: Callable[[int], None] | None = None
+    strategy: Strategy | None = None
+    team: Team = SINGLE
+
+    def alone(self) -> TrainResult:
+        """The whole run, which has the model for itself; raises as `train`."""
+        self.check()
+        with ExitStack() as stack:
+            stop = stack.enter_context(polite_stop())
+            stack.enter_context(training_mode(self.tuned, True))
+            stack.enter_context(faster_dropout(self.tuned))
+            stack.enter_context(gradient_checkpointing(self.tuned, self.settings.gradient_checkpointing))
+            run = self.run(PeakMemory(self.tuned.device))
+            while (reason := between_steps(run, stop)) is None:
+                run.step()
+            return run.finish(reason)
+
+    def check(self) -> None:
+        """Look at everything that can be wrong, and take away what an earlier run has left unfinished; raises as `train`."""
+        team = self.team
+        self.emit = self.emit if team.first else Emitter()
+        self.resume = _first_ones(self.resume, team)
+        _check(self.tuned, self.settings, self.evaluate, self.feed, self.folder, self.resume, self.strategy, team)
+        if self.strategy is not None:
+            self.strategy.hold(self.tuned)
+            self.goal = self.strategy.goal
+            self.emit = Emitter([*self.emit.sinks, self.strategy.hear])
+        if self.resume is not None:
+            check_same(self.resume, self.settings, self.identity)
+        if self.folder is not None:
+            team.once(partial(remove_leftovers, self.folder, self.emit))
+        team.check_same("run", json.dumps([self.settings.as_dict(), self.identity], sort_keys=True, default=str))
+
+    def run(self, memory: PeakMemory) -> Run:
+        """The run, up to its first step; the model is in training mode, and the process's random generators are this run's."""
+        tuned, task, feed, settings = self.tuned, self.task, self.feed, self.settings
+        seed_everything(self.seed)
+        progress = (resumed_progress(self.resume, settings, self.emit) if self.resume is not None
+                    else _planned(tuned, task, feed, settings, self.emit, self.team))
+        run = self._assembled(progress, memory)
+        if self.resume is not None:
+            _take(run, self.resume)
         else:
             _warm_up(run)
-        if team.size > 1:  # values that were computed, by a warm-up or a decomposition, may differ in the last bit
-            tuned.load_delta_state(team.once(tuned.delta_state))
+        if self.team.size > 1:  # values that were computed, by a warm-up or a decomposition, may differ in the last bit
+            tuned.load_delta_state(self.team.once(tuned.delta_state))
         trainable = sum(parameter.numel() for parameter in run.parameters.values())
-        emit(Started(step=progress.step, total_steps=progress.total_steps, trainable_parameters=trainable,
-                     total_parameters=parameter_count(tuned)))
-        return _loop(run, stop)
+        self.emit(Started(step=progress.step, total_steps=progress.total_steps, trainable_parameters=trainable,
+                          total_parameters=parameter_count(tuned) - _of_others(tuned)))
+        return run
+
+    def _assembled(self, progress: Progress, memory: PeakMemory) -> Run:
+        tuned, settings, emit, strategy = self.tuned, self.settings, self.emit, self.strategy
+        parameters = tuned.delta_parameters()
+        optimizer = make_optimizer(parameters, settings)
+        every = settings.log_every or (1 if tuned.device.type == "cpu" else 10)
+        run = Run(tuned=tuned, task=self.task, feed=self.feed, settings=settings, emit=emit, progress=progress,
+                  optimizer=optimizer, controllers=[], meter=Meter(emit, every, self.feed.place, self.floor_rate, self.team),
+                  first=FirstSteps(tuned, parameters, emit), memory=memory, evaluate=self.evaluate, goal=self.goal,
+                  folder=self.folder, log=self.log, identity=self.identity, parameters=parameters, ahead=self.ahead,
+                  before_step=self.before_step, strategy=strategy, team=self.team, seed=self.seed)
+        on_demand = strategy is not None and strategy.grows
+        keeper = None if on_demand else row_keeper(optimizer, run.look_again)  # what waits to be grown is not removed
+        run.controllers = tuned.controllers(StepPlan(progress.total_steps, emit, keeper, on_demand))
+        if strategy is not None:
+            check_room(strategy, run.controllers, tuned.counts()[0])
+        return run
 
 
-def _loop(run: Run, stop: StopRequest) -> TrainResult:
-    while True:
-        if run.progress.due(run.settings.eval_every) and run.asked(stop) is None:
-            run.evaluate_now()
-        if run.progress.due(run.settings.save_every):
-            run.save_now()
-        reason = run.reason_to_stop(run.asked(stop))
-        if reason is not None:
-            return run.finish(reason)
-        run.step()
+def _of_others(tuned: Tuned) -> int:
+    """Parameters of the lanes that are not this run's."""
+    modules = [module for lane in tuned.lanes if lane != tuned.name for part in tuned.attached(lane)
+               for _, module in part.named_deltas()]
+    return sum({id(parameter): parameter.numel() for module in modules for parameter in module.parameters()}.values())
+
+
+def between_steps(run: Run, stop: StopRequest) -> str | None:
+    """Evaluate and save if it is due; gives back why to take no further step, or None."""
+    if run.progress.due(run.settings.eval_every) and run.asked(stop) is None:
+        run.evaluate_now()
+    if run.progress.due(run.settings.save_every):
+        run.save_now()
+    return run.reason_to_stop(run.asked(stop))
 
 
 def check_no_evaluation(settings: TrainSettings) -> None:
@@ -163,24 +224,6 @@ def _planned(tuned: Tuned, task: Learner, feed: Feed, settings: TrainSettings, e
     total, spent, each = steps_that_fit(tuned, task, feed, limit, team)
     emit(Acted(step=0, action="planned", reason=f"max_time {settings.max_time}: {total} steps of about {each:.3g} s"))
     return Progress(total, seconds=spent)
-
-
-def _assembled(tuned: Tuned, task: Learner, feed: Feed, settings: TrainSettings, emit: Emitter, progress: Progress,
-               memory: PeakMemory, *, floor_rate: float | None, evaluate: Evaluate | None, goal: Goal, folder: Path | None,
-               log: Path | None, identity: dict[str, str], strategy: Strategy | None, team: Team) -> Run:
-    parameters = tuned.delta_parameters()
-    optimizer = make_optimizer(parameters, settings)
-    every = settings.log_every or (1 if tuned.device.type == "cpu" else 10)
-    run = Run(tuned=tuned, task=task, feed=feed, settings=settings, emit=emit, progress=progress, optimizer=optimizer,
-               controllers=[], meter=Meter(emit, every, feed.place, floor_rate, team),
-               first=FirstSteps(tuned, parameters, emit), memory=memory, evaluate=evaluate, goal=goal, folder=folder, log=log,
-               identity=identity, parameters=parameters, strategy=strategy, team=team)
-    on_demand = strategy is not None and strategy.grows
-    keeper = None if on_demand else row_keeper(optimizer, run.look_again)  # what waits to be grown is not removed
-    run.controllers = tuned.controllers(StepPlan(progress.total_steps, emit, keeper, on_demand))
-    if strategy is not None:
-        check_room(strategy, run.controllers, tuned.counts()[0])
-    return run
 
 
 def _warm_up(run: Run) -> None:

@@ -18,11 +18,16 @@ MMAP_THRESHOLD, BLOCK = -3, 1 << 20  # M_MMAP_THRESHOLD of mallopt(3)
 
 
 class PeakMemory:
-    """Measures from its making: on CUDA allocated bytes, on Linux resident bytes, elsewhere nothing."""
+    """Measures from its making: on CUDA allocated bytes, on Linux resident bytes, elsewhere nothing.
 
-    def __init__(self, device: torch.device) -> None:
+    `shared`: others use the process's memory too, so that what is this run's is not known.
+    """
+
+    def __init__(self, device: torch.device, shared: bool = False) -> None:
         self.device = device
         self.start: int | None = None
+        if shared:
+            return
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.start = torch.cuda.memory_allocated(device)

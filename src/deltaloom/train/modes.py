@@ -50,20 +50,18 @@ def leaving_no_trace(tuned: Tuned) -> Iterator[None]:
 @contextmanager
 def faster_dropout(tuned: Tuned) -> Iterator[None]:
     """The model's own dropout layers replaced, within the block, by ones that draw their masks faster; same probability."""
-    places = [(name, module) for name, module in tuned.named_modules() if type(module) is nn.Dropout]
-    for name, module in places:
-        _put(tuned, name, SeededDropout(module.p).train(module.training))
+    # by their parents and not by paths, which change when layers around them get or lose their first delta
+    places = [(parent, name, module) for parent in list(tuned.modules()) for name, module in parent.named_children()
+              if type(module) is nn.Dropout]
+    faster = {id(module): SeededDropout(module.p).train(module.training) for _, _, module in places}
+    for parent, name, module in places:
+        setattr(parent, name, faster[id(module)])
     try:
         yield
     finally:
-        for name, module in places:
-            module.train(tuned.get_submodule(name).training)
-            _put(tuned, name, module)
-
-
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
+        for parent, name, module in places:
+            module.train(faster[id(module)].training)
+            setattr(parent, name, module)
 
 
 @contextmanager

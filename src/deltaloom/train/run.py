@@ -122,25 +122,43 @@ class Run:
 
     def step(self) -> None:
         """One optimizer step, timed."""
-        began = time.perf_counter()
+        self.take_step(self.begin_step())
+
+    def begin_step(self) -> Sequence[Sequence[int]]:
+        """The micro-batches of the next step, which then begins."""
         micro = self._next_rows()
+        if self.before_step is not None:
+            self.before_step(self.progress.step + 1)
+        return micro
+
+    def take_step(self, micro: Sequence[Sequence[int]]) -> None:
+        """The step that has begun."""
+        began = time.perf_counter()
+        with memory_errors(micro):
+            passed = self._passed(micro)
+        self.end_step(passed, time.perf_counter() - began)
+
+    def end_step(self, passed: Passed, spent: float) -> None:
+        """The rest of a step whose losses' gradients are in the parameters, which took `spent` seconds.
+
+        Raises:
+            NonFiniteError: and the strategy, if there is one, has no answer to it.
+        """
+        began = time.perf_counter()
         try:
-            with memory_errors(micro):
-                self._optimizer_step(micro)
+            with memory_errors(passed.rows):
+                self._update(passed)
         except NonFiniteError as error:
             if not self._recovered(error):
                 raise
-        elapsed = time.perf_counter() - began
+        elapsed = spent + time.perf_counter() - began
         self.progress.seconds += elapsed
         self.meter.report(elapsed, resident_bytes(self.device))
 
-    def _optimizer_step(self, micro: Sequence[Sequence[int]]) -> None:
+    def _update(self, passed: Passed) -> None:
         progress, settings = self.progress, self.settings
         step = progress.step + 1
-        if self.before_step is not None:
-            self.before_step(step)
         parameters = list(self.parameters.values())
-        passed = self._passed(micro, parameters)
         divide_gradients(parameters, passed.count)
         penalty = self.tuned.penalty()
         if penalty.requires_grad:
@@ -165,11 +183,12 @@ class Run:
         self.optimizer.zero_grad()
         progress.step, progress.index, progress.tokens = step, progress.index + 1, progress.tokens + passed.tokens
 
-    def _passed(self, micro: Sequence[Sequence[int]], parameters: list[nn.Parameter]) -> Passed:
+    def _passed(self, micro: Sequence[Sequence[int]]) -> Passed:
         """Gradients of the summed loss over all rows of the step, whichever process they fall to, and its figures."""
         if self.team.size > 1:
             seed_everything(step_seed(self.seed, self.progress.step + 1, self.team.number))
         own, idle = self.team.share(partial(self.feed.dealt, micro))
+        parameters = list(self.parameters.values())
 
         def work() -> Passed:
             with memory_errors(own):

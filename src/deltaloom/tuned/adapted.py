@@ -1,13 +1,15 @@
 """The wrapper around a layer that carries deltas: the frozen layer, the deltas in order, and a forward to read.
 
-A `Routing` that all wrappers of a tuned model share says which named deltas (lanes) act, for the whole batch or row by row.
+Which named deltas (lanes) act says a `Routing`. Where lanes are given row by row and the rows of each lie together, the frozen
+layer runs once for all lanes that leave its input and its tensors as they are.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,58 +19,14 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaloom.architectures import NOT_BY_ROW
 from deltaloom.compact.face import own_tensors, own_types
-from deltaloom.deltas._layout import BatchLayout, Note
 from deltaloom.deltas.base import Delta, LowRankDelta
 from deltaloom.errors import RefusedError
+from deltaloom.kernels.dropout import of_lanes
 from deltaloom.kernels.low_rank import Affine, low_rank_linear
+from deltaloom.kernels.low_rank_lanes import Branch, low_rank_lanes
 from deltaloom.sites import Site
 from deltaloom.tuned.replaced import adds, call_replaced, with_increments
-
-Group = tuple[str | None, Tensor | None]  # a lane and the rows that it acts on; None: no lane, all rows
-
-
-class Routing:
-    """Which lane acts on which row; the same object serves every wrapper and is seen again when checkpointing recomputes."""
-
-    def __init__(self) -> None:
-        self.lanes: str | tuple[str | None, ...] | None = None
-        self.layout = BatchLayout()
-
-    def groups(self, batch: int) -> list[Group]:
-        """The lanes of a batch of that many rows, each with its rows.
-
-        Raises:
-            RefusedError: a lane per row was asked for and the batch has another number of rows.
-        """
-        if not isinstance(self.lanes, tuple):
-            return [(self.lanes, None)]
-        found = self.rows(self.lanes, batch)
-        return [(found[0][0], None)] if len(found) == 1 else list(found)
-
-    @staticmethod
-    def rows(lanes: tuple[str | None, ...], batch: int) -> list[tuple[str | None, Tensor]]:
-        """Each different lane of a batch with the indices of its rows; raises RefusedError if the numbers do not fit."""
-        if len(lanes) != batch:
-            raise RefusedError("the lanes given row by row do not fit the batch", got=batch, legal=f"{len(lanes)} rows")
-        return [(name, torch.tensor([i for i, lane in enumerate(lanes) if lane == name])) for name in dict.fromkeys(lanes)]
-
-    @contextmanager
-    def set(self, lanes: str | tuple[str | None, ...] | None) -> Iterator[None]:
-        """These lanes within a `with` block."""
-        before, self.lanes = self.lanes, lanes
-        try:
-            yield
-        finally:
-            self.lanes = before
-
-    def kept(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts for an activation checkpoint: its forward, and its running again with the lanes and the layout of now."""
-        return nullcontext(), self._again(self.lanes, self.layout.note())
-
-    @contextmanager
-    def _again(self, lanes: str | tuple[str | None, ...] | None, note: Note) -> Iterator[None]:
-        with self.set(lanes), self.layout.set(note):
-            yield
+from deltaloom.tuned.routing import Routing, Stretch
 
 
 class Tap:
@@ -100,6 +58,7 @@ class Adapted(nn.Module):
         self.routing = routing
         self.merged: str | None = None
         self.ran: set[str] = set()
+        self._pairs: dict[str, list[tuple[Site, Delta]]] = {}  # what `items` gives, as long as no lane changes here
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the frozen layer (`weight`, `bias`, `in_features`, ...) for code that reads them."""
@@ -115,6 +74,7 @@ class Adapted(nn.Module):
     def add(self, lane: str, site: Site, delta: Delta) -> None:
         """Append a delta to a lane."""
         key = f"lane:{lane}"
+        self._pairs.pop(lane, None)
         if key not in self.lanes:
             self.lanes[key] = nn.ModuleList()
             self.sites[key] = []
@@ -124,6 +84,7 @@ class Adapted(nn.Module):
     def remove(self, lane: str) -> None:
         """Forget a lane."""
         key = f"lane:{lane}"
+        self._pairs.pop(lane, None)
         if key in self.lanes:
             del self.lanes[key]
             for site in self.sites.pop(key):
@@ -141,10 +102,14 @@ class Adapted(nn.Module):
 
     def items(self, lane: str | None) -> list[tuple[Site, Delta]]:
         """The (site, delta) pairs of a lane, in order."""
-        key = f"lane:{lane}"
-        if lane is None or key not in self.lanes:
+        if lane is None:
             return []
-        return [(site, delta) for site, delta in zip(self.sites[key], self._list(key), strict=True) if isinstance(delta, Delta)]
+        found = self._pairs.get(lane)
+        if found is None:
+            key = f"lane:{lane}"
+            pairs = zip(self.sites[key], self._list(key), strict=True) if key in self.lanes else ()
+            found = self._pairs[lane] = [(site, delta) for site, delta in pairs if isinstance(delta, Delta)]
+        return found
 
     def _list(self, key: str) -> nn.ModuleList:
         found = self.lanes[key]
@@ -163,6 +128,9 @@ class Adapted(nn.Module):
         lanes = self.routing.lanes
         if not isinstance(lanes, tuple):
             return self._run(lanes, x, taken, None, args, kwargs)
+        stretches = self.routing.stretches()
+        if stretches is not None and x.shape[0] == len(lanes) and not self._shares_rows((*args, *kwargs.values())):
+            return self._run_by_stretches(stretches, x, taken, args, kwargs)
         here = tuple(lane if f"lane:{lane}" in self.lanes else None for lane in lanes)  # rows without a delta go together
         if len(set(here)) == 1:
             return self._run(here[0], x, taken, None, args, kwargs)
@@ -178,8 +146,7 @@ class Adapted(nn.Module):
 
     def _run_by_rows(self, lanes: tuple[str | None, ...], x: Tensor, taken: dict[str, Tensor], args: tuple[Any, ...],
                      kwargs: dict[str, Any]) -> Tensor:
-        shared = self.path.endswith(NOT_BY_ROW)
-        if shared or any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+        if self._shares_rows((*args, *kwargs.values())):
             raise RefusedError("this layer does not work row by row, so that its rows cannot have different deltas",
                                got=self.path, hint="Give all rows the same delta, or leave this layer out of the targets.")
         if x.shape[0] == 1:  # positions that all rows share
@@ -187,9 +154,68 @@ class Adapted(nn.Module):
         groups = [(lane, rows.to(x.device)) for lane, rows in Routing.rows(lanes, x.shape[0])]
         parts = []
         for lane, rows in groups:
-            with self.routing.layout.narrowed(rows):
+            with self.routing.layout.narrowed(rows), of_lanes((lane,)):
                 parts.append(self._run(lane, x[rows], taken, rows, args, kwargs))
         return torch.cat(parts)[torch.cat([rows for _, rows in groups]).argsort()]
+
+    def _shares_rows(self, others: Sequence[Any]) -> bool:
+        """Whether the layer's input, or what else it is called with, is not of single rows."""
+        return self.path.endswith(NOT_BY_ROW) or any(isinstance(value, Tensor) for value in others)
+
+    def _run_by_stretches(self, stretches: Sequence[Stretch], x: Tensor, taken: dict[str, Tensor], args: tuple[Any, ...],
+                          kwargs: dict[str, Any]) -> Any:
+        """The layer once for all lanes that leave its input and its tensors as they are, and for each other lane alone."""
+        items = {stretch.lane: self.items(stretch.lane) for stretch in stretches}
+        if not any(items.values()):
+            return self.base(x, *args, **kwargs)
+        apart = [stretch for stretch in stretches if any(_changes_layer(delta) for _, delta in items[stretch.lane])]
+        if not apart:
+            return self._run_together(stretches, x, taken, args, kwargs)
+        parts: dict[int, Tensor] = {}
+        for stretch in apart:
+            with self._only(stretch):
+                rows = stretch.rows.to(x.device)
+                parts[stretch.start] = self._run(stretch.lane, x[stretch.start:stretch.stop], taken, rows, args, kwargs)
+        rest = [stretch for stretch in stretches if stretch.start not in parts]
+        if rest:
+            with of_lanes([stretch.lane for stretch in rest]):
+                y = self._run_together(rest, torch.cat([x[each.start:each.stop] for each in rest]), taken, args, kwargs)
+            sizes = [each.stop - each.start for each in rest]
+            parts |= dict(zip([each.start for each in rest], y.split(sizes), strict=True))
+        return torch.cat([parts[stretch.start] for stretch in stretches])
+
+    def _run_together(self, stretches: Sequence[Stretch], x: Tensor, taken: dict[str, Tensor], args: tuple[Any, ...],
+                      kwargs: dict[str, Any]) -> Any:
+        """The layer on rows x of these stretches in order, and what each lane's deltas make of its output."""
+        face = affine_face(self.base) if not args and not kwargs and x.is_floating_point() else None
+        items = [self.items(stretch.lane) for stretch in stretches]
+        chosen = [_leading(own, [True] * len(own)) if face is not None else [] for own in items]
+        stops = list(accumulate(stretch.stop - stretch.start for stretch in stretches))
+        starts = [0, *stops[:-1]]
+        branches = [] if face is None else [
+            Branch(str(stretch.lane), start, stop, *_joined(own, face.d_out), _dropout(own[0][1]))
+            for stretch, own, start, stop in zip(stretches, chosen, starts, stops, strict=True) if own]
+        y = low_rank_lanes(face, x, branches) if face is not None and branches else self.base(x, *args, **kwargs)
+        self.ran.update(str(stretch.lane) for stretch, own in zip(stretches, items, strict=True) if own)
+        if all(len(own) == len(done) for own, done in zip(items, chosen, strict=True)):
+            return y
+        parts = []
+        for stretch, own, done, start, stop in zip(stretches, items, chosen, starts, stops, strict=True):
+            rows, part = stretch.rows.to(x.device), y[start:stop]
+            with self._only(stretch):
+                for site, delta in own[len(done):]:
+                    key = f"{stretch.lane}/{site.name}"
+                    seen = x[start:stop] if site.entry is None else self._branch_input(key, taken, rows)
+                    part = _after(site, delta, seen, part)
+            parts.append(part)
+        return torch.cat(parts)
+
+    @contextmanager
+    def _only(self, stretch: Stretch) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self.routing.layout.narrowed(stretch.rows))
+            stack.enter_context(of_lanes((stretch.lane,)))
+            yield
 
     def _run(self, lane: str | None, x: Tensor, taken: dict[str, Tensor], rows: Tensor | None, args: tuple[Any, ...],
              kwargs: dict[str, Any]) -> Any:
@@ -210,11 +236,7 @@ class Adapted(nn.Module):
         else:
             y, fused = self._base_with_low_rank(x, items, inputs, args, kwargs)
         for (site, delta), seen in zip(items[fused:], inputs[fused:], strict=True):
-            if site.part is None:
-                y = delta.after(seen, y)
-            else:
-                start, stop = site.part
-                y = torch.cat((y[..., :start], delta.after(seen, y[..., start:stop]), y[..., stop:]), -1)
+            y = _after(site, delta, seen, y)
         return y
 
     def _replaced(self, items: list[tuple[Site, Delta]]) -> dict[str, Tensor]:
@@ -237,22 +259,47 @@ class Adapted(nn.Module):
                             kwargs: dict[str, Any]) -> tuple[Any, int]:
         """The frozen layer's output, together with the leading low-rank deltas in one autograd function where that fits."""
         face = affine_face(self.base)
-        chosen: list[tuple[Site, LowRankDelta]] = []
-        if face is not None and not args and not kwargs and x.is_floating_point():
-            for (site, delta), seen in zip(items, inputs, strict=True):
-                fits = isinstance(delta, LowRankDelta) and type(delta).after is LowRankDelta.after and seen is x
-                if not fits or (chosen and _dropout(delta) != _dropout(chosen[0][1])):
-                    break
-                chosen.append((site, delta))  # type: ignore[arg-type]
+        fits = face is not None and not args and not kwargs and x.is_floating_point()
+        chosen = _leading(items, [seen is x for seen in inputs]) if fits else []
         if not chosen or face is None:
             return self.base(x, *args, **kwargs), 0
         if len(chosen) == 1 and chosen[0][0].part is None:
             delta = chosen[0][1]
             return low_rank_linear(face, x, *delta.factors(), _dropout(delta), delta.rounded(x.dtype)), 1
-        factors = [_whole_rows(site, *delta.factors(), face.d_out) for site, delta in chosen]
-        down, scale, up = factors[0] if len(factors) == 1 else (
-            torch.cat([f[0] for f in factors]), torch.cat([f[1] for f in factors]), torch.cat([f[2] for f in factors], 1))
-        return low_rank_linear(face, x, down, scale, up, _dropout(chosen[0][1])), len(chosen)
+        return low_rank_linear(face, x, *_joined(chosen, face.d_out), _dropout(chosen[0][1])), len(chosen)
+
+
+def _leading(items: Sequence[tuple[Site, Delta]], sees_input: Sequence[bool]) -> list[tuple[Site, LowRankDelta]]:
+    """The first deltas of a layer that one product can do together: low-rank ones of the layer's own input."""
+    chosen: list[tuple[Site, LowRankDelta]] = []
+    for (site, delta), sees in zip(items, sees_input, strict=True):
+        fits = isinstance(delta, LowRankDelta) and type(delta).after is LowRankDelta.after and sees and site.entry is None
+        if not fits or (chosen and _dropout(delta) != _dropout(chosen[0][1])):
+            break
+        chosen.append((site, delta))  # type: ignore[arg-type]
+    return chosen
+
+
+def _joined(chosen: Sequence[tuple[Site, LowRankDelta]], d_out: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of several deltas of a layer as those of one."""
+    factors = [_whole_rows(site, *delta.factors(), d_out) for site, delta in chosen]
+    if len(factors) == 1:
+        return factors[0]
+    return torch.cat([f[0] for f in factors]), torch.cat([f[1] for f in factors]), torch.cat([f[2] for f in factors], 1)
+
+
+def _after(site: Site, delta: Delta, seen: Tensor, y: Tensor) -> Tensor:
+    """The layer's output with one more delta; of a part of a fused layer in its rows."""
+    if site.part is None:
+        return delta.after(seen, y)
+    start, stop = site.part
+    return torch.cat((y[..., :start], delta.after(seen, y[..., start:stop]), y[..., stop:]), -1)
+
+
+def _changes_layer(delta: Delta) -> bool:
+    """Whether a delta's class changes the layer's input or its tensors: a look at the class, no computation."""
+    kind = type(delta)
+    return kind.before is not Delta.before or kind.override is not Delta.override or adds(delta)
 
 
 def _dropout(delta: Delta) -> float:
@@ -310,8 +357,3 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path) if parent_path else model
     setattr(parent.base if isinstance(parent, Adapted) else parent, name, module)
-
-
-def lanes_of(names: Sequence[str | None] | str | None) -> str | tuple[str | None, ...] | None:
-    """What `Routing.lanes` holds for a name, a list of a name per row, or None."""
-    return names if names is None or isinstance(names, str) else tuple(names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,9 +60,9 @@ def check_together(made: Sequence[Attached]) -> None:
         raise RefusedError("one delta can hold one prompt only", got=", ".join(prompts))
 
 
-def refuse_reentrant(model: nn.Module) -> None:
+def refuse_reentrant(modules: Iterable[nn.Module]) -> None:
     """Refuse activation checkpointing that runs blocks without a graph: where the input is frozen, no gradient comes back."""
-    for module in model.modules():
+    for module in modules:
         if module.__dict__.get("gradient_checkpointing"):
             function = module._gradient_checkpointing_func
             if not isinstance(function, partial) or function.keywords.get("use_reentrant") is False:

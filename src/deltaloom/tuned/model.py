@@ -18,12 +18,13 @@ from deltaloom.deltas._layout import Places, TextReader
 from deltaloom.deltas.base import AttachContext, Controller, Delta, InputDelta, Method, PrefixDelta, StepPlan, WarmUp
 from deltaloom.errors import CheckpointError, RefusedError, SettingsError, did_you_mean
 from deltaloom.sites import Site, output_layer
-from deltaloom.tuned.adapted import Adapted, Routing, Tap, lanes_of, replace_module, wrappers
+from deltaloom.tuned.adapted import Adapted, Tap, replace_module, wrappers
 from deltaloom.tuned.attached import Attached, check_together, fit_to, refuse_reentrant, replaced_tensors, state_of
 from deltaloom.tuned.merging import Merged, MergeFacts, merge, unmerge
 from deltaloom.tuned.places import Watchers, is_a_decoder, show
 from deltaloom.tuned.prefixes import has_prefixes, install_prefix, taps_of_prefixes, uninstall_prefix
 from deltaloom.tuned.prompts import insert_prompt, strip_prompt
+from deltaloom.tuned.routing import Routing, lanes_of
 from deltaloom.tuned.saved import SavedDelta, SavedMethod, attach_saved, misfits
 
 LANE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -45,6 +46,7 @@ class Tuned(nn.Module):
         self.merged: str | None = None
         self.kept: Merged | None = None
         self.training = model.training
+        self._own_modules = tuple(model.modules())  # a step looks at them; walking through those of all lanes costs too much
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         model.requires_grad_(False)
 
@@ -318,7 +320,7 @@ class Tuned(nn.Module):
             RefusedError: a training step with reentrant activation checkpointing, which loses gradients.
         """
         if self.training and torch.is_grad_enabled():
-            refuse_reentrant(self.model)
+            refuse_reentrant(self._own_modules)
         labels = inputs.get("labels")
         with ExitStack() as stack:
             if isinstance(labels, Tensor) and labels.ndim == 2 and is_a_decoder(self.model):

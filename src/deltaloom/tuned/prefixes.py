@@ -12,7 +12,8 @@ from deltaloom.attention import PrefixRows, PrefixSlot, install, prefix_slot, se
 from deltaloom.deltas.base import PrefixDelta
 from deltaloom.errors import RefusedError
 from deltaloom.sites import Site
-from deltaloom.tuned.adapted import Adapted, Routing, Tap
+from deltaloom.tuned.adapted import Adapted, Tap
+from deltaloom.tuned.routing import Routing
 
 
 class RoutedPrefix(PrefixSlot):

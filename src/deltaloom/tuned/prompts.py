@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from deltaloom.architectures import NOT_BY_ROW
 from deltaloom.errors import RefusedError
 from deltaloom.sites import input_layer
-from deltaloom.tuned.adapted import Routing
+from deltaloom.tuned.routing import Routing
 
 
 def insert_prompt(model: nn.Module, inputs: dict[str, Any], prompts: dict[str, Tensor],
