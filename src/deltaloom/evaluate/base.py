@@ -90,7 +90,7 @@ class Task(ABC):
         Both (rows,); packed rows are one. A loss depends on its own row alone.
         """
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float | Tensor]:
         """(sum of the losses, what to divide it by), over all rows.
 
         The loop divides by the total of an optimizer step, so that micro-batches change nothing.

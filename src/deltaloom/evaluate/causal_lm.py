@@ -54,6 +54,11 @@ class CausalLM(Task):
         losses, places, labels = causal_losses(model, batch)
         return by_rows(losses, places, labels), by_rows(torch.ones_like(losses), places, labels)
 
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float | Tensor]:
+        """(sum over the learned tokens in one go, to the bit that of a loss computed elsewhere; their number)."""
+        losses, places, _ = causal_losses(model, batch)
+        return losses.sum(), len(places)
+
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """Summed loss and learned tokens of each row."""
         return predicted_losses(*causal_losses(model, batch))

@@ -45,6 +45,11 @@ class Seq2SeqLM(Task):
         losses, places, labels = _losses(model, batch)
         return by_rows(losses, places, labels), by_rows(torch.ones_like(losses), places, labels)
 
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float | Tensor]:
+        """(sum over the completion's tokens in one go, to the bit that of a loss computed elsewhere; their number)."""
+        losses, places, _ = _losses(model, batch)
+        return losses.sum(), len(places)
+
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """Summed loss and tokens of each row's completion."""
         return predicted_losses(*_losses(model, batch))
