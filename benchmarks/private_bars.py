@@ -240,7 +240,7 @@ def at_cut(model: PreTrainedModel, rows: Sequence[Sequence[int]], wanted: dict[s
 def report(results: Path, page: Path) -> None:
     """The tables between the page's markers."""
     parts = []
-    for line in read_lines(results):
+    for line in sorted(read_lines(results), key=lambda line: line.get("mean") != MEAN.name):
         kind = TASKS[line["task"]]["primary"]
         sets = list(next(iter(line["bars"].values())))
         counts = ", ".join(f"{facts['rows']:,} {party}" for party, facts in line["parties"].items())

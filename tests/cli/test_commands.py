@@ -180,7 +180,7 @@ def test_plan_is_what_tune_then_has(runs, command):
 def test_a_run_that_does_not_fit_into_memory_is_planned_and_refused(runs, command, monkeypatch):
     run_file = runs["b"].parent / "run.yaml"
     kept = sorted(path.relative_to(runs["b"]) for path in runs["b"].rglob("*"))
-    monkeypatch.setattr("deltaloom.train.forecast.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("deltaloom.jobs.budget.free_bytes", lambda device: 1000)
     found = command.json("plan", run_file)
     assert not found["fits"] and found["memory_bytes"] > 1000 and "gradient_checkpointing" in found["warnings"][-1]
     refused = command("tune", run_file, "--overwrite")

@@ -121,8 +121,10 @@ class Run:
     # ---- one optimizer step ---------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """One optimizer step, timed."""
-        self.take_step(self.begin_step())
+        """One optimizer step, timed from the choice of its rows on."""
+        began = time.perf_counter()
+        micro = self.begin_step()
+        self.take_step(micro, time.perf_counter() - began)
 
     def begin_step(self) -> Sequence[Sequence[int]]:
         """The micro-batches of the next step, which then begins."""
@@ -131,12 +133,12 @@ class Run:
             self.before_step(self.progress.step + 1)
         return micro
 
-    def take_step(self, micro: Sequence[Sequence[int]]) -> None:
-        """The step that has begun."""
+    def take_step(self, micro: Sequence[Sequence[int]], spent: float = 0.0) -> None:
+        """The step that has begun, which took `spent` seconds so far."""
         began = time.perf_counter()
         with memory_errors(micro):
             passed = self._passed(micro)
-        self.end_step(passed, time.perf_counter() - began)
+        self.end_step(passed, spent + time.perf_counter() - began)
 
     def end_step(self, passed: Passed, spent: float) -> None:
         """The rest of a step whose losses' gradients are in the parameters, which took `spent` seconds.
