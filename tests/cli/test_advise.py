@@ -116,7 +116,7 @@ def test_little_memory_makes_the_model_smaller_and_computes_again(bare, command,
     assert "2.4226" in tight["base.quantise"]["reason"]
     roomy = by_setting(command.json("plan", bare, "--advise", "--budget", "4GB"))
     assert "base.quantise" not in roomy and "train.gradient_checkpointing" not in roomy
-    monkeypatch.setattr(job, "free_bytes", lambda device: 2000)
+    monkeypatch.setattr("deltaloom.jobs.budget.free_bytes", lambda device: 2000)
     assert "smaller model" in command.refused("plan", bare, "--advise", "-o", bare.parent / "advised.yaml", code=3)
     assert not (bare.parent / "advised.yaml").exists()
 

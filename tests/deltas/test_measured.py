@@ -90,6 +90,7 @@ def test_several_methods_take_the_lowest_and_the_unmeasured_the_common_one():
 
 @pytest.mark.parametrize(("deltas", "train", "rate"), [
     ([{"method": "lora", "rank": 1}], {}, 5e-3), ([{"method": "lora", "rank": 1}], {"learning_rate": 2e-4}, 2e-4),
+    ([{"method": "lora", "rank": 1}], {"optimizer": "sgd"}, 1e-3),  # AdamW's rates say nothing of another optimizer's
     ([{"method": "lora"}], {}, 1e-3), ([{"preset": "mam"}], {}, 1e-3), ([{"method": "bitfit"}], {}, 1e-3)])
 def test_a_run_file_that_names_no_rate_gets_the_measured_one(deltas, train, rate):
     assert parse_parts(parse_run(RUN | {"deltas": deltas, "train": train}, base=Path())).train.learning_rate == rate

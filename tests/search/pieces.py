@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from deltaloom.search.outcome import Objective
 from deltaloom.search.settings import SearchSettings
 from deltaloom.search.space import parse_space
-from deltaloom.search.study import Study, open_study
+from deltaloom.search.study import Asked, Study, open_study
 from deltaloom.search.workers import Slot
 
 ROOT = Path(__file__).parents[2]
 LOSS, SIZE = Objective("loss", False), Objective("parameters", False)
 TEMPLATE: dict[str, Any] = {"model": "toy", "data": {"train": "a"}, "train": {"learning_rate": {"log": [1e-4, 1e-1]}},
                             "deltas": {"choice": [[{"method": "lora", "rank": {"int": [1, 8]}}], [{"method": "bitfit"}]]}}
+
+
+@contextmanager
+def interrupted_at(number: int, monkeypatch: Any) -> Iterator[None]:
+    """Within the block the process gets a SIGTERM when that trial tells of an evaluation."""
+    told = Asked.told
+
+    def interrupt(self: Asked, value: float) -> bool:
+        if self.number == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return told(self, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Asked, "told", interrupt)
+        yield
 
 
 def toy_study(folder: Path, *, objectives: tuple[Objective, ...] = (LOSS,), template: dict[str, Any] | None = None,

@@ -1,8 +1,6 @@
 """Searches whose worker trains several trials at once: the same trials, folders and endings as one after another."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from deltaloom.search.settings import SearchSettings
 from deltaloom.search.study import Asked
 from deltaloom.train import cohort as cohort_module
 from tests.jobs.small import run_values, write_run
+from tests.search.pieces import interrupted_at
 
 LORA = {"method": "lora", "rank": {"choice": [1, 2]}, "dropout": {"choice": [0.0, 0.3]}}
 LOST_TARGET = {"method": "lora", "targets": "nothing-like-it"}
@@ -104,15 +103,7 @@ def test_failed_pruned_and_refused_trials_give_their_places_to_the_next(models, 
 
 def test_an_interrupted_cohort_leaves_its_trials_open_and_goes_on(models, tmp_path, command, monkeypatch):
     path = write_run(tmp_path, values_of(models, tmp_path, deltas=[LORA]))
-    told = Asked.told
-
-    def interrupt(self, value):
-        if self.number == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return told(self, value)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Asked, "told", interrupt)
+    with interrupted_at(1, monkeypatch):
         assert "interrupted" in command.refused("search", path, code=130)
     found = command.json("search", path, "--resume")
     states = [trial["state"] for trial in found["trials"]]

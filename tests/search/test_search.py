@@ -1,8 +1,6 @@
 """`deltaloom search` on tiny models: what it finds is what `tune` does, and what goes wrong is said."""
 
 import json
-import os
-import signal
 import sys
 
 import pytest
@@ -14,6 +12,7 @@ from deltaloom.jobs.search import search
 from deltaloom.jobs.searchfile import read_search_file
 from deltaloom.search.study import Asked
 from tests.jobs.small import files_of, run_values, write_run
+from tests.search.pieces import interrupted_at
 
 LORA = {"method": "lora", "rank": {"choice": [1, 2]}}
 LOST_TARGET = {"method": "lora", "targets": "nothing-like-it"}
@@ -86,15 +85,7 @@ def test_a_pruned_trial_ends_at_once_and_only_the_best_keep_their_deltas(objecti
 
 def test_an_interrupted_search_says_so_and_goes_on(models, tmp_path, command, monkeypatch):
     path = write_run(tmp_path, search_values(models, tmp_path, deltas=[LORA], train={"eval_every": 2}))
-    told = Asked.told
-
-    def interrupt(self, value):
-        if self.number == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return told(self, value)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Asked, "told", interrupt)
+    with interrupted_at(1, monkeypatch):
         assert "interrupted" in command.refused("search", path, code=130)
     found = command.json("search", path, "--resume")
     assert [trial["state"] for trial in found["trials"]] == ["complete", "lost", "complete", "complete"]

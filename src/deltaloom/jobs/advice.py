@@ -335,7 +335,8 @@ def _rate_reason(row: Rate, facts: Facts, methods: int, unmeasured: int) -> str:
     tried = ", ".join(f"{each:g}" for each in row.tried)
     kind = " ".join(f"{key} {value}" for key, value in row.delta.items() if key not in ("method", "alpha"))
     scale = f" at scale {row.scale:g}" if row.scale is not None else ""
-    found = f"{row.rate:g} was the best of {tried}" if len(row.tried) > 1 else f"{row.rate:g} was used"
+    found = (f"{row.rate:g} was the lowest of {tried} within a hundredth of the best loss" if len(row.tried) > 1
+             else f"{row.rate:g} was used")
     reason = f"{row.method} {kind}".strip() + f"{scale}, on {row.on}: {found}" + (f" ({row.border})" if row.border else "")
     if row.generates != facts.generates:
         reason += "; tasks of this kind were not measured"

@@ -16,13 +16,13 @@ from deltaloom import attention
 from deltaloom.compact import codec_from
 from deltaloom.compact.face import compact_layers, parameter_count
 from deltaloom.data.rows import TokensRow
-from deltaloom.deltas.base import StepPlan, methods_from
+from deltaloom.deltas.base import methods_from
 from deltaloom.deltas.measured import choice_for
 from deltaloom.errors import RefusedError, ResourceError
 from deltaloom.evaluate.base import task_named
 from deltaloom.files import write_atomic
 from deltaloom.jobs.advice import Advice, Draft, Facts, Place, advised
-from deltaloom.jobs.budget import LONGEST_PLAN, BudgetSettings
+from deltaloom.jobs.budget import BudgetSettings, keeps_its_size, memory_left
 from deltaloom.jobs.estimate import block_linears
 from deltaloom.jobs.plan import planned
 from deltaloom.jobs.prepare import DTYPES, Prepared, Say, chosen_precision, located, model_source, parse_parts
@@ -32,7 +32,6 @@ from deltaloom.jobs.tune import attached, seen_from
 from deltaloom.models import auto_precision, meta_model
 from deltaloom.report.text import byte_size, one_line, table_text
 from deltaloom.sites import all_sites
-from deltaloom.train.memory import free_bytes
 from deltaloom.tuned.merging import refuse_unfoldable
 
 FOR_WEIGHTS = 0.8   # of the memory that there is; training wants the rest
@@ -114,7 +113,7 @@ def _stated(prepared: Prepared, *, asked: bool) -> tuple[int | None, str]:
         return None, ""
     tuned = attached(prepared)
     try:
-        numbers = None if tuned.controllers(StepPlan(LONGEST_PLAN)) else tuned.counts()[0]
+        numbers = tuned.counts()[0] if keeps_its_size(tuned) else None
         refuse_unfoldable(tuned.pairs())
     except RefusedError as error:
         return numbers, error.problems[0] if error.problems else str(error)
@@ -138,7 +137,7 @@ def _stored(run: Run, draft: Draft) -> list[Advice]:
     Raises:
         ResourceError: no form is small enough.
     """
-    limit = _memory(BudgetSettings.parse(run.file.budget, "budget"))
+    limit = memory_left(BudgetSettings.parse(run.file.budget, "budget"), torch.device("cpu"))
     if limit is None or run.file.task is None:
         return []
     model = meta_model(model_source(run), task=task_named(run.file.task).name)
@@ -172,12 +171,6 @@ def _form(draft: Draft, shapes: Sequence[tuple[int, int]], total: int, dtype: to
                             hint="Take a smaller model, or a machine with more memory.")
     return draft.propose("base.quantise", name, f"the weights take {byte_size(total * dtype.itemsize)}, and "
                          f"{byte_size(sizes[name])} with {name}; {there}; {SMALLER[name]}", COMPRESSED)
-
-
-def _memory(budget: BudgetSettings) -> int | None:
-    """Bytes that a run may take, its model included; None where that is not known."""
-    limits = [free_bytes(torch.device("cpu")), budget.bytes]
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _recomputed(draft: Draft, plan: dict[str, Any]) -> Advice:

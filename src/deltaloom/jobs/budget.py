@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import torch
 from pydantic import Field, field_validator
 
 from deltaloom.deltas.base import StepPlan
@@ -78,10 +79,15 @@ def check_numbers(budget: BudgetSettings, tuned: Tuned, total: int) -> None:
         RefusedError: they do not.
     """
     limit, deltas = budget.numbers(total), tuned.counts()[0]
-    if limit is not None and deltas > limit and not tuned.controllers(StepPlan(LONGEST_PLAN)):
+    if limit is not None and deltas > limit and keeps_its_size(tuned):
         raise RefusedError("the deltas have more numbers than budget.parameters allows", got=count(deltas),
                            legal=f"at most {count(limit)}", hint="Lower their ranks or sizes, or raise the budget; "
                            "`deltaloom plan RUN.yaml --advise` proposes what fits.")
+
+
+def keeps_its_size(tuned: Tuned) -> bool:
+    """Whether no controller changes the deltas while they train."""
+    return not tuned.controllers(StepPlan(LONGEST_PLAN))
 
 
 def exceeded(budget: BudgetSettings, deltas: int, total: int) -> list[Warned]:
@@ -93,9 +99,9 @@ def exceeded(budget: BudgetSettings, deltas: int, total: int) -> list[Warned]:
     return [Warned(kind="budget", message=message)]
 
 
-def memory_left(budget: BudgetSettings, tuned: Tuned, model_bytes: int) -> int | None:
-    """Bytes that training may take beside the loaded model: what is free, within the budget; None if neither is known."""
-    limits = [free_bytes(tuned.device), None if budget.bytes is None else max(0, budget.bytes - model_bytes)]
+def memory_left(budget: BudgetSettings, device: torch.device, model_bytes: int = 0) -> int | None:
+    """Bytes that a run may take beside what is loaded: what is free, within the budget; None if neither is known."""
+    limits = [free_bytes(device), None if budget.bytes is None else max(0, budget.bytes - model_bytes)]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

@@ -137,7 +137,8 @@ class Here(Engine):
         """Of its largest micro-batch; a base that is spread over processes is not tried beforehand."""
         prepared = self.prepared
         if not prepared.parts.train.shard:
-            check_memory(trial_of(prepared, self.tuned), memory_left(prepared.parts.budget, self.tuned, prepared.model_bytes))
+            left = memory_left(prepared.parts.budget, self.tuned.device, prepared.model_bytes)
+            check_memory(trial_of(prepared, self.tuned), left)
 
     def _strategy(self) -> Strategy | None:
         plan = self.prepared.parts.strategy

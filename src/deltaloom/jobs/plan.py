@@ -76,7 +76,7 @@ def _tried(prepared: Prepared, tuned: Tuned, *, rough: float) -> tuple[Forecast,
     """What a few steps say; for a run that does not fit into memory, what it needs at least and why it does not."""
     trial = trial_of(prepared, tuned)
     try:
-        check_memory(trial, memory_left(prepared.parts.budget, tuned, prepared.model_bytes))
+        check_memory(trial, memory_left(prepared.parts.budget, tuned.device, prepared.model_bytes))
     except ResourceError as error:
         return Forecast(rough, trial.need), str(error)
     settings, feed = prepared.parts.train, feed_of(prepared)

@@ -114,8 +114,8 @@ def parse_parts(run: Run) -> Parts:
 
 
 def _with_rate(train: TrainSettings, methods: Sequence[Method], task: type[Task]) -> TrainSettings:
-    """The settings with the learning rate that was measured for these methods, where the run file names none."""
-    if "learning_rate" in train.model_fields_set:
+    """The settings with the learning rate that was measured (with AdamW) for these methods, where the run file names none."""
+    if "learning_rate" in train.model_fields_set or train.optimizer != "adamw":
         return train
     rate = default_rate([method_record(method) for method in methods], generates=task.generates)
     return train.model_copy(update={"learning_rate": rate})

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaloom.checkpoint.record import DeltaRecord, read_record
-from deltaloom.deltas.base import StepPlan
 from deltaloom.errors import DeltaloomError, Interrupted, NonFiniteError, RefusedError, UsageError
 from deltaloom.events import Evaluated, Event, Started
+from deltaloom.jobs.budget import keeps_its_size
 from deltaloom.jobs.engine import Before, Here, measured, written
 from deltaloom.jobs.estimate import flops_per_token
 from deltaloom.jobs.opening import needs_delta
@@ -28,7 +28,6 @@ from deltaloom.search.study import Asked
 from deltaloom.tuned import Tuned
 
 HEAVY = ("delta", "checkpoints", "predictions.jsonl", "tensorboard")  # what goes of a trial that is not among the best
-LONGEST_PLAN = 1_000_000  # steps; only whether there is a controller matters
 
 
 class Ended(Exception):
@@ -132,7 +131,7 @@ class Bench:
 def known_measures(prepared: Prepared, tuned: Tuned) -> dict[str, float]:
     """What is known of a run as soon as its deltas are attached; nothing where a controller will change them."""
     deltas, heads = tuned.counts()
-    if tuned.controllers(StepPlan(LONGEST_PLAN)):
+    if not keeps_its_size(tuned):
         return {}
     share = prepared.facts["learned_tokens"] / max(prepared.facts["tokens"], 1)
     return {"parameters": float(deltas), "flops_per_token": float(flops_per_token(untouched_sites(tuned), deltas + heads, share))}

@@ -54,7 +54,7 @@ class _LowRankLinear(torch.autograd.Function):
         y = affine.product(x)
         down_x, up_x = rounded or (down.to(x.dtype), up.to(x.dtype))
         rows = _dropped(x, draw).reshape(-1, x.shape[-1])
-        y.view(-1, y.shape[-1]).addmm_(_scaled(rows @ down_x.T, scale), up_x.T)
+        y.view(-1, y.shape[-1]).addmm_(scaled(rows @ down_x.T, scale), up_x.T)
         # The small factors in the dtype of x: casting them again costs more than keeping them. Not the factors themselves as
         # well: they may be copies, of rows of a larger matrix.
         same = down.dtype == up.dtype == x.dtype
@@ -74,8 +74,8 @@ class _LowRankLinear(torch.autograd.Function):
         # the product with x is made again: cheaper than keeping it
         low = rows @ down_x.T if needs[2] or needs[3] else None
         grad_scale = (back * low).sum(0, dtype=scale.dtype) if needs[2] and low is not None else None
-        grad_up = (g.T @ _scaled(low, scale)).to(ctx.dtypes[1]) if needs[3] and low is not None else None
-        back = _scaled(back, scale)
+        grad_up = (g.T @ scaled(low, scale)).to(ctx.dtypes[1]) if needs[3] and low is not None else None
+        back = scaled(back, scale)
         grad_down = (back.T @ rows).to(ctx.dtypes[0]) if needs[1] else None
         grad_x = None
         if needs[0]:
@@ -88,8 +88,8 @@ class _LowRankLinear(torch.autograd.Function):
         return grad_x, grad_down, grad_scale, grad_up, None, None, None
 
 
-def _scaled(low: Tensor, scale: Tensor) -> Tensor:
-    """low (n, r) times scale (r,), rounded once to the dtype of low."""
+def scaled(low: Tensor, scale: Tensor) -> Tensor:
+    """low (..., r) times scale, which is broadcast over rows, rounded once to the dtype of low."""
     return (low * scale).to(low.dtype)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltaloom.kernels.dropout import Draw, drawn, of_lanes
-from deltaloom.kernels.low_rank import Affine
+from deltaloom.kernels.low_rank import Affine, scaled
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _LowRankLanes(torch.autograd.Function):
         stacks = [_stacks(factors[3 * block.first:3 * block.last], x.dtype) for block in blocks]
         lows = [torch.bmm(block.dropped(x), stack[0].transpose(1, 2)) for block, stack in zip(blocks, stacks, strict=True)]
         for block, (_, scale, up), low in zip(blocks, stacks, lows, strict=True):
-            y[block.start:block.stop].view(block.count, -1, y.shape[-1]).baddbmm_(_scaled(low, scale), up)
+            y[block.start:block.stop].view(block.count, -1, y.shape[-1]).baddbmm_(scaled(low, scale), up)
         ctx.save_for_backward(x)
         ctx.affine, ctx.blocks, ctx.stacks, ctx.lows = affine, blocks, stacks, lows  # lows are small, so they are kept
         ctx.kinds = [(factor.dtype, factor.shape) for factor in factors]
@@ -109,8 +109,8 @@ class _LowRankLanes(torch.autograd.Function):
             wanted = range(3 * block.first, 3 * block.last)
             if any(needs[3 + index] for index in wanted[1::3]):
                 _give(found, ctx.kinds, wanted[1::3], (back * low).sum(1, dtype=scale.dtype))
-            _give(found, ctx.kinds, wanted[2::3], torch.bmm(out.transpose(1, 2), _scaled(low, scale)))
-            back = _scaled(back, scale)
+            _give(found, ctx.kinds, wanted[2::3], torch.bmm(out.transpose(1, 2), scaled(low, scale)))
+            back = scaled(back, scale)
             _give(found, ctx.kinds, wanted[0::3], torch.bmm(back.transpose(1, 2), rows))
             if grad_x is not None:
                 _add_to_input(block, grad_x, back, down)
@@ -155,8 +155,3 @@ def _give(found: list[Tensor | None], kinds: Sequence[tuple[torch.dtype, torch.S
         dtype, shape = kinds[place]
         own = grad if grad.shape == shape else grad[tuple(slice(size) for size in shape)]
         found[place] = own if own.dtype == dtype else own.to(dtype)
-
-
-def _scaled(low: Tensor, scale: Tensor) -> Tensor:
-    """low (lanes, n, r) times scale (lanes, 1, r), rounded once to the dtype of low."""
-    return (low * scale).to(low.dtype)
